@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv once; a second call installs nothing.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: help setup demo test check lint types layers format bench-mining bench-nlvr clean
+
+help: ## What there is to make
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/.ready ## Make .venv and install everything (2-4 minutes, 6 GB, once)
+
+.venv/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+demo: .venv/.ready ## Train, judge and ask a small model: five minutes, no download
+	$(BIN)/vlmix demo
+
+test: .venv/.ready ## Everything that must hold: lint, types, layers, all tests
+	$(BIN)/ruff format --check --quiet src tests benchmarks
+	$(BIN)/ruff check --quiet src tests benchmarks
+	$(BIN)/pytest -n 2
+
+check: lint types .venv/.ready ## Before a commit, within 90 seconds: lint, types, layers, fast tests
+	$(BIN)/pytest -n 2 -m "not slow and not flow" -q
+
+lint: .venv/.ready ## Formatting and lint
+	$(BIN)/ruff format --check --quiet src tests benchmarks
+	$(BIN)/ruff check --quiet src tests benchmarks
+
+types: .venv/.ready ## Static types
+	$(BIN)/pyright
+
+layers: .venv/.ready ## Imports point down
+	$(BIN)/lint-imports
+
+format: .venv/.ready ## Bring every file into shape
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+bench-mining: .venv/.ready ## Patch mining: what it sees more, and what the absorbed form saves
+	$(BIN)/python benchmarks/mining_cost.py --out runs/bench-mining
+	$(BIN)/python benchmarks/mining_claim.py --out runs/bench-mining
+
+bench-nlvr: .venv/.ready ## Human sentences: needs the NLVR data, see docs/systems/nlvr.md (up to an hour)
+	$(BIN)/vlmix train recipes/nlvr.yaml --out runs/nlvr
+
+clean: ## Remove runs and caches, keep .venv
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""The nouns and plumbing every other package stands on; imports nothing else of ours."""

@@ -1,0 +1,210 @@
+"""What each kind of part owes. Every class here is abstract; every class that inherits from one is final.
+
+To change one method of a part, wrap the part instead of inheriting from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlmix.core.sample import Answer, Sample, Score
+from vlmix.core.settings import PartSettings
+from vlmix.core.tensors import FeatureMap, TextContext, VisionSpec
+
+
+class Part(nn.Module, ABC):
+    """A piece of the model, built from its settings."""
+
+    settings_class: ClassVar[type[PartSettings]]
+
+    @property
+    def inert_parameters(self) -> tuple[str, ...]:
+        """Names of parameters that no output depends on, kept so that published weights have a place.
+
+        Every other parameter of a part gets a gradient; the conformance suite checks both.
+        """
+        return ()
+
+    def reset(self) -> None:
+        """Give special initial values to this part's own parameters and buffers.
+
+        Called after generic initialisation, on a new model and on a loaded one. Use the functions of
+        ``transformers.initialization`` here: they leave weights that came from a checkpoint alone. Do not
+        rely on values set in ``__init__``: generic initialisation overwrites them, and models are loaded on
+        the meta device, where buffers that are not saved come out as garbage.
+        """
+
+
+class VisionEncoder(Part):
+    """Pixels in 0..1 -> feature map, whole or block by block for fusions inside the backbone."""
+
+    spec: VisionSpec
+    weights: str | None = None
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.spec = self.plan(settings)
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, settings: Any) -> VisionSpec:
+        """What ``forward`` will give for one image; pure arithmetic.
+
+        Raises:
+            PlanError: if the settings cannot work together.
+
+        """
+
+    @abstractmethod
+    def embed(self, pixel_values: Float[Tensor, "i 3 s s"]) -> Tensor:
+        """Resize and normalise the canonical image for this encoder, and run the stem."""
+
+    @abstractmethod
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """Run block ``index`` of ``spec.blocks`` on what ``embed`` or the block before returned."""
+
+    @abstractmethod
+    def finish(self, x: Tensor) -> FeatureMap:
+        """Turn the last block's output into the feature map that ``plan`` promised."""
+
+    def load_weights(self, source: str) -> None:
+        """Load published weights from a hub id or folder into this encoder.
+
+        Raises:
+            CheckpointError: if a tensor is missing, left over or of another shape.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no published weights; it got {source!r}")
+
+    def forward(self, pixel_values: Float[Tensor, "i 3 s s"]) -> FeatureMap:
+        """Embed, every block, finish."""
+        x = self.embed(pixel_values)
+        for index in range(self.spec.blocks):
+            x = self.block(index, x)
+        return self.finish(x)
+
+
+class Fusion(Part):
+    """Several encoders -> one feature map. Built from its settings and the encoders' specs."""
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, settings: Any, specs: Sequence[VisionSpec]) -> VisionSpec:
+        """What ``forward`` will give for one image; pure arithmetic.
+
+        Raises:
+            PlanError: if these encoders cannot be fused so.
+
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        encoders: Sequence[VisionEncoder],
+        pixel_values: Float[Tensor, "i 3 s s"],
+        context: TextContext | None = None,
+    ) -> FeatureMap:
+        """Run the encoders on the canonical images and fuse what they see."""
+
+
+class LateFusion(Fusion):
+    """Fusion of finished maps: implement ``merge`` only."""
+
+    def forward(
+        self,
+        encoders: Sequence[VisionEncoder],
+        pixel_values: Float[Tensor, "i 3 s s"],
+        context: TextContext | None = None,
+    ) -> FeatureMap:
+        """Run every encoder whole, then merge."""
+        return self.merge([encoder(pixel_values) for encoder in encoders], context)
+
+    @abstractmethod
+    def merge(self, maps: Sequence[FeatureMap], context: TextContext | None = None) -> FeatureMap:
+        """Fuse the encoders' maps."""
+
+
+class Projector(Part):
+    """Fused map -> tokens of the language model's width. Built from settings, spec and width."""
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, settings: Any, spec: VisionSpec, width: int) -> VisionSpec:
+        """What ``forward`` will give for one image; pure arithmetic.
+
+        Raises:
+            PlanError: if the map has no shape this projector can take.
+
+        """
+
+    @abstractmethod
+    def forward(self, features: FeatureMap) -> FeatureMap:
+        """Map every token to the language model's width."""
+
+
+class Source(ABC):
+    """A training set: samples by number, so that data order is a pure function of seed, epoch and step."""
+
+    settings_class: ClassVar[type[PartSettings]]
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Rows of the set, bad ones included: ``read = used + quarantined`` counts against this."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Row ``index``, the same on every call.
+
+        Raises:
+            SampleError: if the row cannot be used; it is quarantined, never replaced.
+
+        """
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, folder: Path) -> Any:
+        """Write a few rows under ``folder`` where files are needed, and return settings that read them."""
+
+    def line(self, index: int) -> int:
+        """Where row ``index`` stands in its file, counted from 1; the ledger names it."""
+        return index + 1
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+
+class Benchmark(ABC):
+    """A set of questions, how one answer is scored, and the official formula that sums up."""
+
+    settings_class: ClassVar[type[PartSettings]]
+    headline: ClassVar[str]
+    paper: ClassVar[str] = ""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def samples(self) -> Sequence[Sample]:
+        """The questions with their targets; the same, in the same order, on every call."""
+
+    @abstractmethod
+    def score(self, sample: Sample, answer: Answer) -> Score:
+        """Judge one answer; a failed answer scores 0 and stays in the denominator."""
+
+    @abstractmethod
+    def summarise(self, scores: Sequence[Score]) -> Mapping[str, float]:
+        """The benchmark's figures, 0..1, by name; contains ``headline``. Order does not matter."""
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, folder: Path) -> Self:
+        """A few questions, written under ``folder`` where files are needed."""

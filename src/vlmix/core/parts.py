@@ -1,0 +1,34 @@
+"""The registries, one for each kind of part; making them imports no part and no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vlmix.core.errors import RecipeError
+from vlmix.core.registry import Registry
+from vlmix.core.settings import PartSettings, read_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vlmix.core.interfaces import Benchmark, Fusion, Projector, Source, VisionEncoder
+
+ENCODERS: Registry[VisionEncoder] = Registry("vlmix.encoders", "encoder")
+FUSIONS: Registry[Fusion] = Registry("vlmix.fusion", "fusion")
+PROJECTORS: Registry[Projector] = Registry("vlmix.projectors", "projector")
+SOURCES: Registry[Source] = Registry("vlmix.data.sources", "data source")
+BENCHMARKS: Registry[Benchmark] = Registry("vlmix.evals.benchmarks", "benchmark")
+
+
+def read_part(registry: Registry[Any], raw: Mapping[str, Any], where: str = "") -> PartSettings:
+    """``{"kind": "clip", …}`` -> that part's settings.
+
+    Raises:
+        UnknownNameError: if no part has this ``kind``.
+        RecipeError: if ``kind`` is absent or a key does not fit.
+
+    """
+    if "kind" not in raw:
+        known = ", ".join(registry.names())
+        raise RecipeError(f"{where or registry.word}: `kind` is required, one of: {known}")
+    return read_settings(registry.get(raw["kind"]).settings_class, raw, where or raw["kind"])

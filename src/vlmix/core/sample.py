@@ -1,0 +1,112 @@
+"""The nouns of data and answers; the same types serve training, judging and serving. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Role = Literal["system", "user", "assistant"]
+Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """A picture that is opened only when somebody looks: a path, encoded bytes, or pixels in memory."""
+
+    source: Path | bytes | Image.Image
+
+    def open(self) -> Image.Image:
+        """Return the picture as 8-bit RGB, upright.
+
+        Raises:
+            ImageError: if it is missing, of a refused kind, too large or unreadable.
+
+        """
+        from vlmix.core.images import open_image
+
+        return open_image(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One speaker's contribution: text and pictures in the order they appear."""
+
+    role: Role
+    parts: tuple[str | ImageRef, ...]
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """The pictures of this turn, in order."""
+        return tuple(part for part in self.parts if isinstance(part, ImageRef))
+
+    @property
+    def text(self) -> str:
+        """The text of this turn without its pictures."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One example: a conversation, and for judging the ``target`` its next answer should match.
+
+    ``task`` groups samples in reports and mixes; ``group`` names the unit that is independent of the
+    others (a sentence shown with several pictures is one group), which intervals resample.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    target: str | tuple[str, ...] | None = None
+    task: str = ""
+    group: str = ""
+    language: str = "en"
+    meta: Mapping[str, Json] = field(default_factory=dict[str, Json])
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """The pictures of the conversation, in the order of their placeholders."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a responder said to one sample; ``error`` is set, and the text empty, where it failed."""
+
+    sample_id: str
+    text: str
+    tokens: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One judged answer: ``value`` in 0..1, how the answer was understood, and its task and group."""
+
+    sample_id: str
+    value: float
+    parsed: str
+    task: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers are produced: greedy unless ``temperature`` is above 0."""
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    beams: int = 1
+    batch_size: int = 64
+
+
+class Responder(Protocol):
+    """Whatever answers samples: a model here, a server elsewhere, a file of canned answers."""
+
+    def respond(self, samples: Iterable[Sample], decoding: Decoding) -> Iterator[Answer]:
+        """Yield one answer for each sample, in order."""
+        ...

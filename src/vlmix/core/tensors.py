@@ -1,0 +1,109 @@
+"""Feature maps that remember their grid, and what a part promises before any weight exists.
+
+Shape letters used in the whole project: B rows of a batch, I images, N visual tokens, T text tokens,
+C channels, D model width, H W grid rows and columns, S image side, M keys of one window.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vlmix.core.errors import PlanError
+
+Grid = tuple[int, int]
+Resampling = Literal["bilinear", "bilinear_corners", "area"]
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSpec:
+    """What an encoder, fusion or projector will give for one image: grid (rows, columns) and channels.
+
+    ``blocks`` is the number of steps a fusion inside the backbone may run one by one.
+    A strip of tokens without a rectangle has the grid ``(1, n)``.
+    """
+
+    grid: Grid
+    channels: int
+    blocks: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image."""
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureMap:
+    """Visual tokens in row-major order with the grid they fill.
+
+    Raises:
+        ValueError: if the tokens do not fill the grid.
+
+    """
+
+    tokens: Float[Tensor, "i n c"]
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3 or self.tokens.shape[1] != math.prod(self.grid):
+            raise ValueError(f"{tuple(self.tokens.shape)} tokens do not fill a grid of {self.grid}")
+
+    @staticmethod
+    def from_nchw(x_ICHW: Float[Tensor, "i c h w"]) -> FeatureMap:
+        """Read a map laid out as channels, rows, columns."""
+        return FeatureMap(x_ICHW.flatten(2).transpose(1, 2), (x_ICHW.shape[-2], x_ICHW.shape[-1]))
+
+    def to_nchw(self) -> Float[Tensor, "i c h w"]:
+        """Lay the tokens out as channels, rows, columns."""
+        return self.tokens.transpose(1, 2).unflatten(2, self.grid)
+
+    def resampled(self, grid: Grid, mode: Resampling = "bilinear") -> FeatureMap:
+        """Bring the map to another grid, in float32; the same grid returns the map itself.
+
+        ``bilinear_corners`` aligns the corner samples (Eagle, LLaVA-HR); ``bilinear`` aligns the edges.
+        """
+        if grid == self.grid:
+            return self
+        x = self.to_nchw().float()
+        if mode == "area":
+            x = F.interpolate(x, size=grid, mode="area")
+        else:
+            x = F.interpolate(x, size=grid, mode="bilinear", align_corners=mode == "bilinear_corners")
+        return FeatureMap.from_nchw(x.to(self.tokens.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class TextContext:
+    """The instruction's embeddings, for fusions that look at it."""
+
+    embeddings: Float[Tensor, "b t d"]
+    mask: Bool[Tensor, "b t"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """One router's decision for one layer: which experts, how much, and the logits behind it."""
+
+    layer: int
+    logits: Float[Tensor, "t e"]
+    indices: Tensor
+    weights: Float[Tensor, "t k"]
+    mask: Bool[Tensor, " t"] | None = None
+
+
+def whole_ratio(larger: Grid, smaller: Grid, what: str) -> Grid:
+    """How many times ``smaller`` goes into ``larger`` along rows and columns.
+
+    Raises:
+        PlanError: if either ratio is not a whole number of at least 1.
+
+    """
+    if any(a % b or a < b for a, b in zip(larger, smaller, strict=True)):
+        raise PlanError(f"{what}: a grid of {larger} does not divide into {smaller} whole windows")
+    return larger[0] // smaller[0], larger[1] // smaller[1]
