@@ -1,0 +1,1 @@
+"""Procedural pictures with questions whose answers are exactly known; a pure function of a seed."""

@@ -1,0 +1,56 @@
+"""Small text: numbers and words written where a low-resolution eye sees a smudge."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from numpy.random import Generator
+
+from vlmix.data.synth.drawing import Canvas, Dial, Item, Pixels
+from vlmix.data.synth.fonts import text_width
+from vlmix.data.synth.scenes import scatter
+
+
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+WORDS: Final = _split(
+    "ant arm axe bag bat bed bee box boy bus cap car cat cow cup day dog ear egg eye "
+    "fan fig fox gem hat hen ice ink jam jar key leg lid log map mud net nut oak owl "
+    "pan pen pie pig pot rat rug saw sea sky sun tea tie toe toy van wax web zip zoo"
+)
+LONG_WORDS: Final = _split(
+    "apple beach bread chair cloud dance earth field glass heart house juice knife lemon "
+    "mouse night ocean paper queen river snake table tiger train uncle voice water wheel"
+)
+MAX_LENGTH: Final = 5
+
+
+def digits(rng: Generator, dial: Dial) -> Item:
+    """A number of two digits, or up to four at full difficulty; never with a leading zero."""
+    length = int(rng.integers(2, dial.between(2, 4) + 1))
+    number = str(rng.integers(10 ** (length - 1), 10**length))
+    return Item(_write(rng, dial, number), "What number is written?", number, {"length": length})
+
+
+def words(rng: Generator, dial: Dial) -> Item:
+    """A word of the list."""
+    known = word_list(dial)
+    word = known[rng.integers(len(known))]
+    return Item(_write(rng, dial, word.upper()), "What word is written?", word, {"length": len(word)})
+
+
+def word_list(dial: Dial) -> tuple[str, ...]:
+    """The words that can be written: three letters, and five as well from half difficulty on."""
+    return WORDS + LONG_WORDS if dial.difficulty >= 0.5 else WORDS
+
+
+def _write(rng: Generator, dial: Dial, text: str) -> Pixels:
+    canvas = Canvas(rng, dial)
+    width, height = text_width(len(text), dial.text_height), dial.text_height
+    x = int(rng.integers(1, dial.image_size - width))
+    y = int(rng.integers(1, dial.image_size - height))
+    scatter(rng, canvas, dial, dial.between(0, 4), (x - 1, y - 1, x + width + 1, y + height + 1))
+    canvas.text(text, x, y, height, canvas.ink())
+    return canvas.finish()
