@@ -61,7 +61,8 @@ class FeatureMap:
 
     def to_nchw(self) -> Float[Tensor, "i c h w"]:
         """Lay the tokens out as channels, rows, columns."""
-        return self.tokens.transpose(1, 2).unflatten(2, self.grid)
+        i, _, c = self.tokens.shape
+        return self.tokens.transpose(1, 2).reshape(i, c, *self.grid)
 
     def resampled(self, grid: Grid, mode: Resampling = "bilinear") -> FeatureMap:
         """Bring the map to another grid, in float32; the same grid returns the map itself.

@@ -1,0 +1,1 @@
+"""The transformers surface: configuration, model, processor, plan."""

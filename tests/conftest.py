@@ -1,0 +1,36 @@
+"""What every test stands on: one thread a process, no network, and the shared folder where it is."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+# Two processes of two threads each on two cores wait for one another; set before torch reads it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """A test that reaches for another machine fails at once; this one may talk to itself."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        host = address[0] if isinstance(address, tuple) else ""
+        if self.family != socket.AF_UNIX and host not in {"127.0.0.1", "::1", "localhost"}:
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of goldens and data beside the project; its tests are skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ../shared with goldens and data, which is not here")
+    return folder

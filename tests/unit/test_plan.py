@@ -1,0 +1,41 @@
+"""What `vlmix plan` counts equals what a built model has and does."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.tiny import DECODERS, config
+from vlmix.models.modeling import VlmixForConditionalGeneration
+from vlmix.models.plan import parameter_count, plan_model
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+@torch.no_grad()
+def test_counts_equal_the_built_model(model_type):
+    settings = config(model_type)
+    cost = plan_model(settings, images=2, text_tokens=5, dtype=torch.float32)
+    network = VlmixForConditionalGeneration(settings).eval()
+    assert cost.parameters == parameter_count(network)
+    assert cost.weight_bytes == 4 * cost.parameters
+    tokens = network.get_image_features(torch.rand(1, 3, 32, 32)).pooler_output
+    assert tokens.shape[1] == cost.vision.tokens == settings.image_seq_length
+    assert cost.prompt_tokens == 2 * cost.vision.tokens + 5
+    with FlopCounterMode(display=False) as counter:
+        network.get_image_features(torch.rand(2, 3, 32, 32))
+        out = network.model.language_model(
+            inputs_embeds=torch.rand(1, cost.prompt_tokens, settings.width), logits_to_keep=1, use_cache=True
+        )
+    assert cost.prefill_flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    cached = sum(t.numel() * 4 for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
+    assert cost.cache_bytes == cached
+    assert 0 < cost.decode_flops < cost.parts[-1].flops
+
+
+def test_activation_memory_grows_with_rows_and_shrinks_with_freezing():
+    from vlmix.models.plan import shape_only, training_bytes
+
+    network = shape_only(config(), torch.float32).train()
+    one, two = (training_bytes(network, rows=n, images=1, text_tokens=8) for n in (1, 2))
+    assert 1.7 * one < two < 2.1 * one
+    network.model.encoders.requires_grad_(False)
+    assert training_bytes(network, rows=1, images=1, text_tokens=8) < one
