@@ -1,0 +1,216 @@
+"""Recipe -> model and processor, both decided by the recipe's seed and data alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from vlmix.core.errors import CheckpointError, RecipeError, SampleError
+from vlmix.core.files import publish, verify_manifest, write_manifest
+from vlmix.core.interfaces import Source
+from vlmix.core.parts import SOURCES, read_part
+from vlmix.models.configuration import VlmixConfig
+from vlmix.models.image_processing import VlmixImageProcessor
+from vlmix.models.modeling import VlmixForConditionalGeneration
+from vlmix.models.processing import VlmixProcessor
+from vlmix.models.templates import load_template
+from vlmix.models.tokenization import prepare_tokenizer, train_tokenizer
+from vlmix.train.recipe import ModelSettings, Recipe, Stage, TokenizerTraining
+from vlmix.train.recipe_file import parts_of
+from vlmix.train.transforms.load_encoder import load_encoder
+
+SETUP_SCHEMA = "vlmix.setup/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A model with its processor."""
+
+    model: VlmixForConditionalGeneration
+    processor: VlmixProcessor
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Check every part's settings against the part itself.
+
+    Raises:
+        RecipeError: if a key or value of a part does not fit; names it and the nearest known key.
+
+    """
+    for where, registry, raw in parts_of(recipe):
+        read_part(registry, raw, where)
+
+
+def build(recipe: Recipe) -> Setup:
+    """Make tokenizer, processor and model as the recipe says, weights included.
+
+    Raises:
+        RecipeError: if the tokenizer and the language model do not fit together.
+        PlanError: if the parts do not.
+
+    """
+    processor, config = build_processor(recipe)
+    model = new_model(config, processor, recipe.seed)
+    for index, encoder in enumerate(recipe.model.encoders):
+        if "weights" in encoder:
+            load_encoder(model, index, encoder["weights"])
+    if "weights" in recipe.model.language_model:
+        _load_language_model(model, recipe.model.language_model["weights"])
+    return Setup(model, processor)
+
+
+def recipe_config(recipe: Recipe) -> VlmixConfig:
+    """The configuration of the recipe's model without training a tokenizer: what ``vlmix plan`` counts.
+
+    A tokenizer to be trained counts with the vocabulary it may have at most.
+    """
+    settings, training = recipe.model, recipe.model.tokenizer.train
+    if training is None:
+        return build_processor(recipe)[1]
+    if "weights" in settings.language_model:
+        return _config(settings, _published_config(settings, 0), 0)
+    raw = settings.language_model
+    return _config(settings, {"vocab_size": training.vocab_size, **raw}, training.vocab_size)
+
+
+def build_processor(recipe: Recipe) -> tuple[VlmixProcessor, VlmixConfig]:
+    """The processor, its tokenizer loaded or trained, and the configuration of the model it serves."""
+    settings = recipe.model
+    tokenizer = prepare_tokenizer(_tokenizer(recipe))
+    processor = VlmixProcessor(
+        VlmixImageProcessor(image_size=settings.image_size, fit=settings.fit),
+        tokenizer,
+        chat_template=_template(settings.chat_template),
+        max_length=settings.max_length,
+    )
+    config = _config(settings, _text_config(settings, tokenizer), processor.image_token_id)
+    processor.image_seq_length = config.image_seq_length
+    return processor, config
+
+
+def new_model(config: VlmixConfig, processor: VlmixProcessor, seed: int) -> VlmixForConditionalGeneration:
+    """A model with random weights drawn from ``seed``, in float32; it stops where an answer ends."""
+    torch.manual_seed(seed)
+    model = VlmixForConditionalGeneration(config).float()
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = processor.stop_token_ids
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model
+
+
+def save_setup(setup: Setup, folder: Path) -> None:
+    """Write configuration and processor, so that a resumed run need not train its tokenizer again."""
+    with publish(folder) as new:
+        setup.model.config.save_pretrained(new)
+        setup.processor.save_pretrained(new)
+        write_manifest(new, SETUP_SCHEMA)
+
+
+def load_setup(folder: Path, seed: int) -> Setup:
+    """The processor of an earlier ``save_setup``, and its model with random weights.
+
+    Raises:
+        CheckpointError: if the folder is incomplete or was changed.
+
+    """
+    verify_manifest(folder, SETUP_SCHEMA)
+    processor = VlmixProcessor.from_pretrained(folder, local_files_only=True)
+    config = VlmixConfig.from_pretrained(folder, local_files_only=True)
+    return Setup(new_model(config, processor, seed), processor)
+
+
+def open_sources(stage: Stage) -> list[Source]:
+    """The sources of a stage's mix, in order."""
+    return [open_source(data.source) for data in stage.data]
+
+
+def open_source(raw: dict[str, Any]) -> Source:
+    """One source from its raw settings."""
+    return SOURCES.get(raw["kind"])(read_part(SOURCES, raw))
+
+
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    settings = recipe.model.tokenizer
+    if settings.weights is not None:
+        return AutoTokenizer.from_pretrained(settings.weights)
+    training = settings.train or TokenizerTraining()
+    return train_tokenizer(_texts(recipe, training.samples), training.vocab_size)
+
+
+def _texts(recipe: Recipe, samples: int) -> Iterator[str]:
+    """The text of about ``samples`` rows, spread evenly over the recipe's different sources."""
+    raws = {json.dumps(data.source, sort_keys=True): data.source for s in recipe.stages for data in s.data}
+    share = max(1, samples // len(raws))
+    for raw in raws.values():
+        source = open_source(raw)
+        for index in range(0, len(source), max(1, len(source) // share)):
+            try:
+                sample = source[index]
+            except SampleError:
+                continue  # training will quarantine this row with its reason
+            yield from (turn.text for turn in sample.turns)
+
+
+def _template(name_or_path: str) -> str:
+    path = Path(name_or_path)
+    return path.read_text(encoding="utf-8") if path.is_file() else load_template(name_or_path)
+
+
+def _config(settings: ModelSettings, text_config: dict[str, Any], image_token_id: int) -> VlmixConfig:
+    return VlmixConfig(
+        text_config=text_config,
+        encoders=[{k: v for k, v in encoder.items() if k != "weights"} for encoder in settings.encoders],
+        fusion=settings.fusion,
+        projector=settings.projector,
+        image_size=settings.image_size,
+        image_token_id=image_token_id,
+    )
+
+
+def _text_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The decoder's configuration; one from scratch is given the tokenizer's size and special tokens."""
+    raw, size = settings.language_model, len(tokenizer)
+    special = {f"{name}_token_id": tokenizer.get_vocab().get(token) for name, token in _special(tokenizer)}
+    if "weights" in raw:
+        # The image placeholder is never looked up, but a padding token that was added is.
+        return _published_config(settings, 1 + (special["pad_token_id"] or 0))
+    if raw.get("vocab_size", size) < size:
+        raise RecipeError(
+            f"model.language_model.vocab_size: {raw['vocab_size']} is less than the tokenizer's {size}; "
+            "leave it out to take the tokenizer's"
+        )
+    return {"vocab_size": size, **special, **raw}
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    names = tokenizer.special_tokens_map
+    return [(name, str(names[f"{name}_token"])) for name in ("bos", "eos", "pad") if f"{name}_token" in names]
+
+
+def _published_config(settings: ModelSettings, least_rows: int) -> dict[str, Any]:
+    """The configuration that comes with the language model's weights, with at least ``least_rows`` tokens."""
+    config = AutoConfig.from_pretrained(settings.language_model["weights"]).get_text_config().to_dict()
+    return {**config, "vocab_size": max(config["vocab_size"], least_rows)}
+
+
+def _load_language_model(model: VlmixForConditionalGeneration, weights: str) -> None:
+    """Published weights for the decoder, with rows added where the tokenizer grew.
+
+    Raises:
+        CheckpointError: if the weights do not fit.
+
+    """
+    theirs = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, use_safetensors=True)
+    rows = model.config.language.vocab_size
+    if theirs.config.get_text_config().vocab_size < rows:
+        theirs.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        model.model.language_model.load_state_dict(theirs.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"language_model.weights {weights!r} do not fit: {error}") from None

@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM as a request: the step in progress is finished and saved; a second one stops at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class StopRequest:
+    """Within the block, ``signal`` names the signal that asked to stop, or is empty."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self._before: dict[signal.Signals, signal.Handlers | signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        # Python lets only the main thread handle signals; elsewhere they go where they went before.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name

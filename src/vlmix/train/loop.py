@@ -1,0 +1,183 @@
+"""The training loop of one stage: accumulate, check, clip, update; told to stop, it stops between steps.
+
+The loss of an optimizer step is the sum over its supervised tokens divided by their number, whatever the
+micro-batches: a long answer counts as much as in one large batch. Device and precision come from outside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from vlmix.core.errors import NonFiniteError, VlmixError
+from vlmix.core.files import write_json
+from vlmix.data.ledger import Ledger
+from vlmix.train.loader import Loader, StepData
+from vlmix.train.optim import rate_factor, set_rates
+from vlmix.train.recipe import Stage
+from vlmix.train.records import Sink, StepRecord
+from vlmix.train.trainable import Selection, set_modes
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Loss and gradient norm of one optimizer step; ``None`` if none of its rows could be used."""
+
+    loss: float | None
+    grad_norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoop:
+    """Everything one stage trains with.
+
+    ``steps_before`` are the run's optimizer steps in earlier stages; ``folder`` is the run's.
+    """
+
+    stage: Stage
+    model: PreTrainedModel
+    selection: Selection
+    optimizer: AdamW
+    loader: Loader
+    ledger: Ledger
+    sinks: Sequence[Sink]
+    steps_before: int
+    folder: Path
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        return self.loader.order.steps
+
+    def run(self, first_step: int, after_step: Callable[[int], bool]) -> int:
+        """Train from step ``first_step`` (from 0) to the end, and return the number of steps done.
+
+        ``after_step`` is called with that number after each step, and ends the loop by returning True.
+
+        Raises:
+            NonFiniteError: if a loss or gradient is not finite; the weights are those before the step.
+            DataError: if too many rows are bad.
+            VlmixError: if the device has too little memory.
+
+        """
+        self._prepare()
+        for step in range(first_step, self.steps):
+            start = time.perf_counter()
+            data = self.loader.step(step, self.ledger)
+            outcome, rates = self._train(step, data)
+            record = self._record(step, data, outcome, rates, time.perf_counter() - start)
+            for sink in self.sinks:
+                sink.step(record)
+            if after_step(step + 1):
+                return step + 1
+        return self.steps
+
+    def _prepare(self) -> None:
+        set_modes(self.model)
+        # The public switch was renamed within transformers 5; this is what both names call.
+        self.model._set_gradient_checkpointing(
+            self.stage.gradient_checkpointing, partial(checkpoint, use_reentrant=False)
+        )
+
+    def _train(self, step: int, data: StepData) -> tuple[Outcome, Mapping[str, float]]:
+        rates = set_rates(self.optimizer, self.selection, rate_factor(self.stage.schedule, step, self.steps))
+        try:
+            return self._update(step, data), rates
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise VlmixError(
+                f"stage {self.stage.name}, step {step + 1}: no memory left for {len(data.sample_ids)} "
+                f"samples ({', '.join(data.sample_ids[:8])}). The last checkpoint is intact; lower "
+                "micro_batch_size or set gradient_checkpointing, and start again"
+            ) from error
+
+    def _update(self, step: int, data: StepData) -> Outcome:
+        """Gradients of all micro-batches, checks, and only then the change of the weights."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if data.supervised_tokens == 0:
+            return Outcome(None, None)
+        losses = [self._backward(batch, data.supervised_tokens) for batch in data.micro_batches]
+        loss = torch.stack(losses).sum()
+        parameters = [p for p in self.selection.parameters.values() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm).to(loss.device)):
+            raise NonFiniteError(self._explain(step, data, losses))
+        if self.stage.clip is not None:
+            clip_grads_with_norm_(parameters, self.stage.clip, norm)
+        self.optimizer.step()
+        return Outcome(loss.item(), norm.item())
+
+    def _backward(self, batch: Mapping[str, Tensor], supervised_tokens: int) -> Tensor:
+        device = self.model.device
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        bf16 = self.stage.precision == "bf16"
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            output = self.model(
+                **inputs,
+                logits_to_keep="supervised",
+                num_items_in_batch=supervised_tokens,
+                use_cache=False,
+            )
+        if output.loss.requires_grad:  # not so where a text-only batch meets a stage that trains the eyes
+            output.loss.backward()
+        return output.loss.detach().float()
+
+    def _explain(self, step: int, data: StepData, losses: Sequence[Tensor]) -> str:
+        culprit = first_non_finite(self.model, data.micro_batches, losses)
+        write_json(
+            self.folder / "non_finite.json",
+            {"stage": self.stage.name, "step": step + 1, "tensor": culprit, "samples": data.sample_ids},
+        )
+        return (
+            f"stage {self.stage.name}, step {step + 1}: {culprit} is not finite. The weights were not "
+            f"changed. Samples of the step: {', '.join(data.sample_ids)}"
+        )
+
+    def _record(
+        self, step: int, data: StepData, outcome: Outcome, rates: Mapping[str, float], seconds: float
+    ) -> StepRecord:
+        return StepRecord(
+            stage=self.stage.name,
+            step=step + 1,
+            steps=self.steps,
+            global_step=self.steps_before + step + 1,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            lr=max(rates.values()),
+            learning_rates=rates,
+            samples=len(data.sample_ids),
+            quarantined=data.quarantined,
+            tokens=data.tokens,
+            supervised_tokens=data.supervised_tokens,
+            seconds=seconds,
+            wait_seconds=data.wait_seconds,
+        )
+
+
+def first_non_finite(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], losses: Sequence[Tensor]
+) -> str:
+    """The first tensor that is not finite, causes before effects: inputs, weights, loss, gradients."""
+    for number, batch in enumerate(batches):
+        for name, tensor in batch.items():
+            if not bool(tensor.isfinite().all()):
+                return f"{name} of micro-batch {number}"
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"the weight {name}"
+    for number, loss in enumerate(losses):
+        if not bool(loss.isfinite()):
+            return f"the loss of micro-batch {number} ({loss.item()})"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f"the gradient of {name}"
+    return "the norm of all gradients together"

@@ -1,0 +1,168 @@
+"""The schema of a recipe: a model, the stages that train it, and how it is judged. No torch.
+
+A part is written as a mapping with its ``kind``; its other keys are checked against the part's own
+settings by ``vlmix.train.checks``, which imports the part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from vlmix.core.settings import Settings
+
+Raw = dict[str, Any]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class TokenizerTraining(Settings):
+    """How a tokenizer is made from the text of the recipe's own data."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 4096
+    samples: PositiveInt = 5000
+
+
+class TokenizerSettings(Settings):
+    """A tokenizer: either ``weights`` (a hub id or folder) or ``train``."""
+
+    weights: str | None = None
+    train: TokenizerTraining | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.weights is None) == (self.train is None):
+            raise ValueError("give exactly one of `weights` (a hub id or folder) and `train`")
+        return self
+
+
+class ModelSettings(Settings):
+    """The parts of the model.
+
+    An encoder may carry ``weights`` (a hub id or folder) beside its own settings. The language model is
+    ``{weights: hub id or folder}`` or a transformers text configuration with its ``model_type``, trained
+    from scratch. ``image_size`` is the side of the canonical picture and ``fit`` how pictures are made
+    square. ``max_length`` is the longest conversation in tokens.
+    """
+
+    image_size: PositiveInt
+    fit: Literal["pad", "stretch", "crop"] = "pad"
+    encoders: Annotated[list[Raw], Field(min_length=1)]
+    fusion: Raw
+    projector: Raw
+    language_model: Raw
+    tokenizer: TokenizerSettings
+    chat_template: str = "plain"
+    max_length: PositiveInt = 2048
+
+    @field_validator("language_model")
+    @classmethod
+    def _weights_or_config(cls, raw: Raw) -> Raw:
+        if ("weights" in raw) == ("model_type" in raw):
+            raise ValueError(
+                "give either `weights` (a hub id or folder) or a text configuration with `model_type`"
+            )
+        if "weights" in raw and len(raw) > 1:
+            raise ValueError("`weights` brings its own configuration; remove the other keys")
+        return raw
+
+
+class DataSettings(Settings):
+    """One source of a stage's mix; ``weight`` is its share of the draws, relative to the other weights."""
+
+    source: Raw
+    weight: PositiveFloat | None = None
+
+
+class OptimizerSettings(Settings):
+    """AdamW; norms, biases and other one-dimensional weights are never decayed."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class ScheduleSettings(Settings):
+    """How learning rates rise during warm-up and fall after it, down to ``floor`` times their peak.
+
+    Warm-up is ``warmup_steps`` where given, else ``warmup_share`` of the stage's steps.
+    """
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_share: Share = 0.03
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    floor: Share = 0.0
+
+
+class Stage(Settings):
+    """One stage of training.
+
+    ``train`` maps globs over parameter names (``encoders.0.*``, ``projector.*``, ``language_model.*``) to
+    learning rates; the last glob that matches a parameter counts, and what none matches is frozen.
+    ``batch_size`` is samples per optimizer step, run ``micro_batch_size`` at a time. ``max_bad`` is the
+    share of unusable rows above which training stops.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    train: Annotated[dict[Text, PositiveFloat], Field(min_length=1)]
+    data: Annotated[list[DataSettings], Field(min_length=1)]
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    clip: PositiveFloat | None = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    before: list[Raw] = Field(default_factory=list)
+    start_from: Text = "previous"
+    save_every_steps: PositiveInt | None = None
+    max_bad: Share = 0.01
+    workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        if len({data.weight is None for data in self.data}) > 1:
+            raise ValueError("data: give every source a `weight`, or none (each row once per epoch)")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}"
+            )
+        return self
+
+
+class EvalSettings(Settings):
+    """One benchmark to judge the finished model by, on its first ``limit`` questions."""
+
+    benchmark: Raw
+    limit: PositiveInt | None = None
+
+
+class Recipe(Settings):
+    """Everything that decides what a run trains; ``fidelity`` says where it differs from the ``paper``."""
+
+    name: Text
+    paper: str = ""
+    model: ModelSettings
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    evals: list[EvalSettings] = Field(default_factory=list)
+    seed: Annotated[int, Field(ge=0)] = 0
+    fidelity: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two stages are called {', '.join(twice)}; give each its own name")
+        return self
+
+
+def recipe_schema() -> Mapping[str, Any]:
+    """The JSON schema of a recipe, for editors that complete and check YAML."""
+    return Recipe.model_json_schema()

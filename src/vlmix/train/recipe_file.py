@@ -1,0 +1,186 @@
+"""Recipes from files: ``base:`` derives one from another, ``key.path=value`` changes it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmix.core.errors import RecipeError, UnknownNameError
+from vlmix.core.files import write_text
+from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES
+from vlmix.core.registry import Registry
+from vlmix.core.settings import read_settings
+from vlmix.train.recipe import Recipe
+from vlmix.train.transforms import TRANSFORMS
+from vlmix.train.yaml_file import parse_yaml, read_yaml
+
+SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with vlmix."""
+    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a YAML file, or a shipped one by name, with ``key.path=value`` changes.
+
+    Raises:
+        RecipeError: if something in it is wrong: names file, key, value, and the nearest known key.
+        UnknownNameError: if there is no such recipe or part.
+
+    """
+    path = find_recipe(path_or_name, Path())
+    raw = with_overrides(_with_base(path, ()), overrides)
+    try:
+        recipe = read_settings(Recipe, raw)
+    except RecipeError as error:
+        raise RecipeError(f"{path}:\n{error}") from None
+    check_kinds(recipe)
+    return recipe
+
+
+def find_recipe(path_or_name: str | Path, folder: Path) -> Path:
+    """The file of a recipe: a path, seen from ``folder``, or a shipped name.
+
+    Raises:
+        RecipeError: if there is no such file.
+        UnknownNameError: if no shipped recipe has this name.
+
+    """
+    path = folder / path_or_name
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{path_or_name}.yaml"
+    if str(path_or_name) in shipped_recipes():
+        return shipped
+    if path.suffix in {".yaml", ".yml"}:
+        raise RecipeError(f"{path}: no such recipe file. Shipped by name: {', '.join(shipped_recipes())}")
+    raise UnknownNameError("recipe", str(path_or_name), shipped_recipes())
+
+
+def with_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``raw`` with each ``key.path=value`` applied; values are YAML, list items go by number.
+
+    Raises:
+        RecipeError: if an override has no ``=``, or its path leads through something that has no keys.
+
+    """
+    result = dict(raw)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise RecipeError(
+                f"{override!r}: an override is written key.path=value, such as stages.0.steps=10"
+            )
+        value = parse_yaml(text, f"override {path}")
+        result = _set(result, path.split("."), value, path)
+    return result
+
+
+def check_kinds(recipe: Recipe) -> None:
+    """Check every part's ``kind`` by its file's name, importing no part.
+
+    Raises:
+        RecipeError: if a part has no ``kind``.
+        UnknownNameError: if no part is called so; names the nearest one.
+
+    """
+    for where, registry, raw in parts_of(recipe):
+        if "kind" not in raw:
+            raise RecipeError(f"{where}: `kind` is required, one of: {', '.join(registry.names())}")
+        if raw["kind"] not in registry.names():
+            raise RecipeError(
+                f"{where}: {UnknownNameError(registry.word, str(raw['kind']), registry.names())}"
+            )
+
+
+def parts_of(recipe: Recipe) -> Iterator[tuple[str, Registry[Any], dict[str, Any]]]:
+    """Each part that the recipe names: where it stands, its registry, and its raw settings."""
+    model = recipe.model
+    for index, encoder in enumerate(model.encoders):
+        yield f"model.encoders.{index}", ENCODERS, {k: v for k, v in encoder.items() if k != "weights"}
+    yield "model.fusion", FUSIONS, model.fusion
+    yield "model.projector", PROJECTORS, model.projector
+    for s, stage in enumerate(recipe.stages):
+        for d, data in enumerate(stage.data):
+            yield f"stages.{s}.data.{d}.source", SOURCES, data.source
+        for b, transform in enumerate(stage.before):
+            yield f"stages.{s}.before.{b}", TRANSFORMS, transform
+    for e, judged in enumerate(recipe.evals):
+        yield f"evals.{e}.benchmark", BENCHMARKS, judged.benchmark
+
+
+def write_recipe(path: Path, recipe: Recipe) -> None:
+    """Write the recipe as it was understood, every default filled in; keys keep their order, which counts."""
+    write_text(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """``key: old -> new`` for everything that decides weights and in which two recipes differ."""
+    flat_old, flat_new = dict(_flat(_deciding(old))), dict(_flat(_deciding(new)))
+    keys = [*flat_old, *(key for key in flat_new if key not in flat_old)]
+    pairs = [(key, flat_old.get(key, "absent"), flat_new.get(key, "absent")) for key in keys]
+    return [f"{key}: {before} -> {after}" for key, before, after in pairs if before != after]
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what no weight depends on, which may change when a run is resumed."""
+    free = {"name": True, "paper": True, "fidelity": True, "evals": True}
+    return recipe.model_dump(
+        mode="json", exclude={**free, "stages": {"__all__": {"workers": True, "save_every_steps": True}}}
+    )
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    items = dict(enumerate(value)) if isinstance(value, list) else value
+    if isinstance(items, dict) and items:
+        for key, inner in items.items():
+            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+        if isinstance(value, dict) and path.endswith(".train"):
+            yield f"{path} (order)", ", ".join(value)
+    else:
+        yield path, repr(value)
+
+
+def _with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's mapping laid over its base's, and so on down."""
+    path = path.resolve()
+    if path in above:
+        chain = " -> ".join(str(p) for p in (*above[above.index(path) :], path))
+        raise RecipeError(f"{path}: `base` leads back to itself: {chain}")
+    raw = read_yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: `base` is the path or name of a recipe, not {base!r}")
+    return _merged(_with_base(find_recipe(base, path.parent), (*above, path)), raw)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; lists and values are replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _set(target: Any, path: Sequence[str], value: Any, whole: str) -> Any:
+    """A copy of ``target`` in which the place that ``path`` leads to holds ``value``."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    if isinstance(target, list):
+        if not key.isdecimal() or int(key) >= len(target):
+            raise RecipeError(f"{whole}: {key!r} is not a place in a list of {len(target)} (counted from 0)")
+        return [_set(v, rest, value, whole) if i == int(key) else v for i, v in enumerate(target)]
+    if not isinstance(target, dict):
+        raise RecipeError(f"{whole}: there is nothing under {target!r} to set {key!r} in")
+    # A path may go where the file is silent: whether the key exists at all is for the schema to say.
+    inner = target.get(key, {} if rest else None)
+    return {**target, key: _set(inner, rest, value, whole)}

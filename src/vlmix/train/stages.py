@@ -1,0 +1,250 @@
+"""The stages of one run, in order: prepared, trained, checkpointed, and taken up again where they stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+from torch.optim import AdamW
+
+from vlmix.core.errors import CheckpointError, InterruptedRunError
+from vlmix.core.interfaces import Source
+from vlmix.core.parts import read_part
+from vlmix.core.sample import Sample
+from vlmix.data.ledger import FILE_NAME, Ledger
+from vlmix.models.modeling import VlmixForConditionalGeneration
+from vlmix.models.processing import Encoded, VlmixProcessor
+from vlmix.train import checkpoint
+from vlmix.train.build import Setup, open_sources
+from vlmix.train.checkpoint import Found, RunState
+from vlmix.train.interrupt import StopRequest
+from vlmix.train.loader import Encoder, Loader, NamedSource
+from vlmix.train.loop import StageLoop
+from vlmix.train.optim import build_optimizer
+from vlmix.train.order import DataOrder
+from vlmix.train.progress import ProgressLine
+from vlmix.train.recipe import Recipe, Stage
+from vlmix.train.records import MetricsFile, Sink, TensorBoard, draw_curves, read_metrics
+from vlmix.train.trainable import Selection, select, table
+from vlmix.train.transforms import TRANSFORMS
+
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of ``recipe`` with the model they train; everything is written under ``out``."""
+
+    recipe: Recipe
+    out: Path
+    setup: Setup
+    console: Console
+    sources: tuple[list[Source], ...]
+    orders: tuple[DataOrder, ...]
+    ledgers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @staticmethod
+    def plan(recipe: Recipe, out: Path, setup: Setup, console: Console) -> Stages:
+        """Check every stage before the first begins: its globs against the model, its data for rows.
+
+        Raises:
+            RecipeError: if a glob matches nothing or a source is empty.
+            CheckpointError: if a stage starts from a folder that is no model.
+
+        """
+        for stage in recipe.stages:
+            select(setup.model, stage.train)
+            if stage.start_from != "previous" and not (Path(stage.start_from) / "config.json").is_file():
+                raise CheckpointError(
+                    f"start_from: {stage.start_from} is not a model folder; it has no config.json"
+                )
+        sources = tuple(open_sources(stage) for stage in recipe.stages)
+        orders = tuple(stage_order(recipe, index, opened) for index, opened in enumerate(sources))
+        return Stages(recipe, out, setup, console, sources, orders)
+
+    def run(self, found: Found | None, stop: StopRequest) -> None:
+        """Run every stage from the beginning, or from the checkpoint that was found.
+
+        Raises:
+            CheckpointError: if the data changed since the checkpoint.
+            InterruptedRunError: if a signal asked to stop; a checkpoint was saved first.
+
+        """
+        if found is not None:
+            self._take_up(found)
+        for index in range(len(self.recipe.stages)):
+            here = found if found is not None and found.state.stage_index == index else None
+            is_over = found is not None and found.state.stage_index > index
+            if is_over or (here is not None and here.state.step == here.state.steps):
+                continue
+            self._stage(index, here, stop)
+
+    def _take_up(self, found: Found) -> None:
+        state = found.state
+        if state.order != self.orders[state.stage_index].fingerprint:
+            raise CheckpointError(
+                f"the data of stage {state.stage} changed since {found.folder}: another number of rows. "
+                "Restore the data, or start again in another folder"
+            )
+        checkpoint.load_weights(found.folder, self.setup.model)
+        checkpoint.load_random_state(found.folder)
+        self.ledgers.update(state.ledgers)
+        self.console.print(f"resuming stage {state.stage} after step {state.step} of {state.steps}")
+
+    def _stage(self, index: int, found: Found | None, stop: StopRequest) -> None:
+        stage, model = self.recipe.stages[index], self.setup.model
+        if found is None:
+            self._prepare(stage)
+        model.zero_grad(set_to_none=True)
+        selection = select(model, stage.train)
+        self.console.print(table(selection, stage.name))
+        optimizer = build_optimizer(selection, stage.optimizer)
+        if found is not None:
+            checkpoint.load_optimizer(found.folder, selection.parameters, optimizer)
+        first_step = found.state.step if found is not None else 0
+        self._train(index, first_step, _Trained(selection, optimizer), stop)
+        draw_curves(read_metrics(self.out / METRICS), self.out / "curves.png")
+        if stop.signal:
+            raise InterruptedRunError(
+                f"stopped by {stop.signal} in stage {stage.name}; the run was saved. Continue with --resume"
+            )
+
+    def _prepare(self, stage: Stage) -> None:
+        """Start from another model's weights where asked to, then apply the transforms."""
+        if stage.start_from != "previous":
+            load_model_weights(self.setup.model, stage.start_from)
+        for raw in stage.before:
+            transform = TRANSFORMS.get(raw["kind"])(read_part(TRANSFORMS, raw))
+            self.console.print(transform.apply(self.setup.model), markup=False)
+
+    def _train(self, index: int, first_step: int, trained: _Trained, stop: StopRequest) -> None:
+        stage, order = self.recipe.stages[index], self.orders[index]
+        before = sum(earlier.steps for earlier in self.orders[:index])
+        metrics = MetricsFile(self.out / METRICS, before + first_step)
+        sinks: list[Sink] = [
+            metrics,
+            TensorBoard(self.out / "tensorboard", before + first_step),
+            ProgressLine(self.console, stage.name, order.steps, first_step),
+        ]
+        with ExitStack() as stack:
+            for sink in sinks:
+                stack.callback(sink.close)
+            ledger = self._ledger(stage)
+            loader = stack.enter_context(self._loader(index))
+            loop = StageLoop(
+                stage=stage,
+                model=self.setup.model,
+                selection=trained.selection,
+                optimizer=trained.optimizer,
+                loader=loader,
+                ledger=ledger,
+                sinks=sinks,
+                steps_before=before,
+                folder=self.out,
+            )
+
+            def after_step(done: int) -> bool:
+                is_due = stage.save_every_steps is not None and done % stage.save_every_steps == 0
+                if is_due or done == order.steps or stop.signal:
+                    metrics.sync()
+                    self.ledgers[stage.name] = ledger.to_dict()
+                    self._save(index, done, trained)
+                return bool(stop.signal)
+
+            loop.run(first_step, after_step)
+        self.console.print(
+            f"{stage.name}: {ledger.read} rows read = {ledger.used} used + {ledger.quarantined} quarantined"
+        )
+
+    def _save(self, index: int, done: int, trained: _Trained) -> None:
+        order = self.orders[index]
+        state = RunState(
+            stage=self.recipe.stages[index].name,
+            stage_index=index,
+            step=done,
+            steps=order.steps,
+            global_step=sum(earlier.steps for earlier in self.orders[:index]) + done,
+            seed=self.recipe.seed,
+            order=order.fingerprint,
+            ledgers=self.ledgers,
+            versions=checkpoint.versions(),
+        )
+        named = trained.selection.parameters
+        checkpoint.save(self.out / CHECKPOINTS, state, self.setup.model, named, trained.optimizer)
+
+    def _ledger(self, stage: Stage) -> Ledger:
+        path = self.out / FILE_NAME
+        if stage.name in self.ledgers:
+            return Ledger.from_dict(path, self.ledgers[stage.name], max_bad=stage.max_bad)
+        return Ledger(path, max_bad=stage.max_bad)
+
+    def _loader(self, index: int) -> Loader:
+        stage = self.recipe.stages[index]
+        names = [f"{stage.name}.data.{i}.{data.source['kind']}" for i, data in enumerate(stage.data)]
+        sources = [NamedSource(*pair) for pair in zip(names, self.sources[index], strict=True)]
+        return Loader(
+            self.orders[index],
+            sources,
+            sample_encoder(self.setup.processor),
+            micro_batch_size=stage.micro_batch_size or stage.batch_size,
+            workers=stage.workers,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What a stage trains, and with what."""
+
+    selection: Selection
+    optimizer: AdamW
+
+
+def stage_order(recipe: Recipe, index: int, sources: Sequence[Source]) -> DataOrder:
+    """The order in which stage ``index`` draws rows from its sources.
+
+    Raises:
+        RecipeError: if a source is empty or its weight too small.
+
+    """
+    stage = recipe.stages[index]
+    return DataOrder.plan(
+        [len(source) for source in sources],
+        [data.weight for data in stage.data],
+        stage.batch_size,
+        (recipe.seed, index),
+        steps=stage.steps,
+        epochs=stage.epochs,
+    )
+
+
+def sample_encoder(processor: VlmixProcessor) -> Encoder:
+    """Samples to tensors through the processor, answers supervised, pictures opened one sample at a time."""
+
+    def encode(sample: Sample) -> tuple[Encoded, Tensor]:
+        encoded = processor.encode(sample, supervise=True)
+        return encoded, processor.open_images(encoded)
+
+    def collate(pairs: Sequence[tuple[Encoded, Tensor]]) -> dict[str, Tensor]:
+        encoded, pixels = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return dict(processor.collate(encoded, padding_side="right", pixels=pixels))
+
+    return Encoder(encode, collate)
+
+
+def load_model_weights(model: VlmixForConditionalGeneration, folder: str) -> None:
+    """Copy the weights of a model folder into ``model``.
+
+    Raises:
+        CheckpointError: if it is another kind of model, or a tensor does not fit.
+
+    """
+    other = VlmixForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+    try:
+        model.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"start_from: the weights of {folder} do not fit: {error}") from None
