@@ -1,0 +1,1 @@
+"""Judging: benchmarks, the runner, statistics and reports."""

@@ -1,0 +1,135 @@
+"""A report folder: ``results.json`` for programs, ``answers.jsonl`` for doubters, ``report.html`` for people.
+
+Neither time nor batch size is in the results, so judging again gives the same bytes; both are in
+``timing.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlmix.core.files import publish, write_json, write_text
+from vlmix.evals.controls import majority_answer, majority_by_task, question_of, targets_of
+from vlmix.evals.curves import Curve, read_curves
+from vlmix.evals.rendering import render_page
+from vlmix.evals.run import EvalResult, Outcome
+from vlmix.evals.statistics import Interval
+
+__all__ = ["SCHEMA", "Curve", "as_json", "read_curves", "write_report"]
+
+SCHEMA = "vlmix.results/1"
+_DIGITS = 6
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    results: Sequence[EvalResult],
+    *,
+    curves: Sequence[Curve] = (),
+    recipe_text: str = "",
+    notes: Sequence[str] = (),
+    gallery: int = 12,
+) -> Path:
+    """Write the four files as a whole folder, replacing an older report, and return the page's path.
+
+    ``notes`` are sentences shown above the details, such as what was quarantined; ``gallery`` is the
+    number of answers shown with their pictures for each benchmark.
+
+    Raises:
+        DiskFullError: if there is no room; an older report is then unchanged.
+
+    """
+    page = render_page(title, results, curves=curves, recipe_text=recipe_text, notes=notes, gallery=gallery)
+    found = {
+        "schema": SCHEMA,
+        "title": title,
+        "notes": list(notes),
+        "results": [as_json(result) for result in results],
+    }
+    with publish(folder) as temporary:
+        write_json(temporary / "results.json", found)
+        write_text(temporary / "answers.jsonl", "".join(map(_answer_lines, results)))
+        write_json(temporary / "timing.json", {result.benchmark: _timing(result) for result in results})
+        write_text(temporary / "report.html", page)
+    return folder / "report.html"
+
+
+def as_json(result: EvalResult) -> Mapping[str, Any]:
+    """One benchmark's entry of ``results.json``: figures and intervals to six decimals, and how they came."""
+    decoding = asdict(result.decoding)
+    decoding.pop("batch_size")
+    name = result.headline
+    return {
+        "benchmark": result.benchmark,
+        "paper": result.paper,
+        "settings": result.settings,
+        "headline": name,
+        "n": len(result.samples),
+        "failed": result.model.failed,
+        "figures": {key: round(value, _DIGITS) for key, value in result.model.figures.items()},
+        "intervals": {key: _interval(value) for key, value in result.model.intervals.items()},
+        "tasks": {task: _interval(value) for task, value in result.model.tasks.items()},
+        "blind": _control(result.blind, name) if result.blind else None,
+        "majority": {
+            **_control(result.majority, name),
+            "answer": majority_answer(result.samples),
+        },
+        "majority_by_task": {
+            **_control(result.majority_by_task, name),
+            "answers": majority_by_task(result.samples),
+        },
+        "decoding": decoding,
+        "seeds": {"blind": result.seed, "resampling": result.seed},
+        "versions": result.versions,
+    }
+
+
+def _control(outcome: Outcome, headline: str) -> dict[str, Any]:
+    return {
+        "n": len(outcome.scores),
+        "failed": outcome.failed,
+        "figures": {key: round(value, _DIGITS) for key, value in outcome.figures.items()},
+        "interval": _interval(outcome.intervals[headline]),
+        "tasks": {task: _interval(value) for task, value in outcome.tasks.items()},
+    }
+
+
+def _interval(interval: Interval) -> Mapping[str, Any]:
+    return {key: round(v, _DIGITS) if isinstance(v, float) else v for key, v in asdict(interval).items()}
+
+
+def _answer_lines(result: EvalResult) -> str:
+    rows = zip(result.samples, result.model.answers, result.model.scores, strict=True)
+    lines = (
+        {
+            "benchmark": result.benchmark,
+            "sample_id": sample.id,
+            "task": score.task,
+            "group": score.group,
+            "question": question_of(sample).turns[-1].text,
+            "targets": targets_of(sample),
+            "answer": answer.text,
+            "parsed": score.parsed,
+            "value": score.value,
+            "tokens": answer.tokens,
+            "error": answer.error,
+        }
+        for sample, answer, score in rows
+    )
+    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
+
+
+def _timing(result: EvalResult) -> Mapping[str, Any]:
+    asked = [result.model] + ([result.blind] if result.blind else [])
+    seconds, answers = sum(o.seconds for o in asked), sum(len(o.answers) for o in asked)
+    return {
+        "batch_size": result.decoding.batch_size,
+        "questions": answers,
+        "seconds": round(seconds, 3),
+        "questions_per_second": round(answers / seconds, 3) if seconds > 0 else None,
+    }

@@ -1,0 +1,173 @@
+"""Judge a responder on a benchmark: figures with intervals, beside what needs no understanding.
+
+The responder sees questions only, never targets. The same questions are asked a second time with the
+pictures exchanged (the blind control): what is still right then did not come from looking.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+
+from vlmix.core.errors import InputError, VlmixError
+from vlmix.core.interfaces import Benchmark
+from vlmix.core.sample import Answer, Decoding, Json, Responder, Sample, Score
+from vlmix.evals.controls import blinded, majority_answer, majority_by_task, question_of
+from vlmix.evals.statistics import Interval, figure_interval, mean_interval
+
+Progress = Callable[[str, int, int], None]
+"""Called as (what is being asked, questions done, questions in all)."""
+
+_PACKAGES = ("vlmix", "torch", "torchvision", "transformers", "tokenizers", "timm", "numpy", "pillow")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One set of answers, judged: the benchmark's figures, the mean score of each task, and the intervals.
+
+    ``failed`` counts answers that are errors; they score 0 and are part of every figure.
+    """
+
+    answers: tuple[Answer, ...]
+    scores: tuple[Score, ...]
+    figures: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    tasks: Mapping[str, Interval]
+    failed: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """A responder on a benchmark, and the controls on the same questions.
+
+    ``majority`` gives the most frequent target of all to every question, ``majority_by_task`` that of its
+    task; ``blind`` is the responder itself with exchanged pictures, None if it was not asked again.
+    """
+
+    benchmark: str
+    paper: str
+    settings: Mapping[str, Json]
+    headline: str
+    samples: tuple[Sample, ...]
+    model: Outcome
+    majority: Outcome
+    majority_by_task: Outcome
+    blind: Outcome | None
+    decoding: Decoding
+    seed: int
+    versions: Mapping[str, str]
+
+
+def evaluate(
+    responder: Responder,
+    benchmark: Benchmark,
+    decoding: Decoding | None = None,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    blind: bool = True,
+    seed: int = 0,
+) -> EvalResult:
+    """Ask every question (the first ``limit``), judge the answers, and judge the controls.
+
+    ``seed`` exchanges the pictures of the blind control and draws the resamples of the intervals.
+
+    Raises:
+        InputError: if there is no question.
+        VlmixError: if the responder leaves out an answer or gives it to another question.
+
+    """
+    decoding, tell = decoding or Decoding(), progress or _silent
+    samples = tuple(benchmark.samples()[:limit])
+    if not samples:
+        raise InputError(
+            f"{benchmark.settings.kind}: there is no question to ask; raise its size or the limit"
+        )
+    asked = _Asked(responder, benchmark, decoding, tell, seed)
+    model = asked.outcome("questions", samples)
+    constant, by_task = majority_answer(samples), majority_by_task(samples)
+    shuffled = blinded(samples, seed) if blind else []
+    return EvalResult(
+        benchmark=benchmark.settings.kind,
+        paper=benchmark.paper,
+        settings=benchmark.settings.model_dump(mode="json"),
+        headline=benchmark.headline,
+        samples=samples,
+        model=model,
+        majority=_judge(benchmark, samples, [Answer(s.id, constant) for s in samples], seed),
+        majority_by_task=_judge(benchmark, samples, [Answer(s.id, by_task[s.task]) for s in samples], seed),
+        blind=asked.outcome("blind control", shuffled) if shuffled else None,
+        decoding=decoding,
+        seed=seed,
+        versions=versions(),
+    )
+
+
+def versions() -> Mapping[str, str]:
+    """The versions that can change an answer, by package."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What stays the same when the questions are asked a second time."""
+
+    responder: Responder
+    benchmark: Benchmark
+    decoding: Decoding
+    tell: Progress
+    seed: int
+
+    def outcome(self, what: str, samples: Sequence[Sample]) -> Outcome:
+        started = time.perf_counter()
+        questions = [question_of(sample) for sample in samples]
+        answers: list[Answer] = []
+        stream = iter(self.responder.respond(questions, self.decoding))
+        for question, answer in zip_longest(questions, stream):
+            if answer is None or question is None or answer.sample_id != question.id:
+                asked = question.id if question else "nothing more"
+                given = f"an answer to {answer.sample_id!r}" if answer else "no answer"
+                raise VlmixError(
+                    f"asked {asked!r}, the responder gave {given}: it owes one answer each, in order"
+                )
+            answers.append(answer)
+            self.tell(what, len(answers), len(questions))
+        return _judge(self.benchmark, samples, answers, self.seed, time.perf_counter() - started)
+
+
+def _judge(
+    benchmark: Benchmark,
+    samples: Sequence[Sample],
+    answers: Sequence[Answer],
+    seed: int,
+    seconds: float = 0.0,
+) -> Outcome:
+    scores = [benchmark.score(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
+    figures = dict(benchmark.summarise(scores))
+    tasks = sorted({score.task for score in scores})
+    return Outcome(
+        answers=tuple(answers),
+        scores=tuple(scores),
+        figures=figures,
+        intervals={
+            name: figure_interval(partial(_figure, benchmark, name), scores, seed=seed) for name in figures
+        },
+        tasks={task: mean_interval([s for s in scores if s.task == task], seed=seed) for task in tasks},
+        failed=sum(bool(answer.error) for answer in answers),
+        seconds=seconds,
+    )
+
+
+def _figure(benchmark: Benchmark, name: str, scores: Sequence[Score]) -> float | None:
+    return benchmark.summarise(scores).get(name)
+
+
+def _silent(_: str, __: int, ___: int) -> None:
+    """Tell nobody."""

@@ -1,0 +1,87 @@
+"""What every registered benchmark owes, run on each without naming any."""
+
+import random
+
+import pytest
+
+from vlmix.core.errors import RecipeError
+from vlmix.core.parts import BENCHMARKS, read_part
+from vlmix.core.sample import Answer
+from vlmix.evals.controls import question_of, targets_of
+from vlmix.evals.responder import CannedResponder
+from vlmix.evals.run import evaluate
+
+
+@pytest.fixture(params=BENCHMARKS.names())
+def benchmark(request, tmp_path):
+    return BENCHMARKS.get(request.param).tiny(tmp_path)
+
+
+def judged(benchmark, texts):
+    return evaluate(CannedResponder(texts), benchmark, blind=False)
+
+
+def perfect(benchmark):
+    return {sample.id: targets_of(sample)[0] for sample in benchmark.samples()}
+
+
+def test_samples_are_the_same_on_every_call_and_can_be_asked(benchmark):
+    first, again = list(benchmark.samples()), list(benchmark.samples())
+    assert len(first) > 1
+    assert [(s.id, s.turns[-1].text, s.target, s.task, s.group) for s in first] == [
+        (s.id, s.turns[-1].text, s.target, s.task, s.group) for s in again
+    ]
+    assert len({sample.id for sample in first}) == len(first), "two samples share an id"
+    for sample, other in zip(first, again, strict=True):
+        assert targets_of(sample), f"{sample.id} has no target"
+        assert [image.open().tobytes() for image in sample.images] == [
+            i.open().tobytes() for i in other.images
+        ]
+        asked = question_of(sample)
+        assert asked.turns[-1].role == "user"
+        assert asked.turns[-1].text.strip()
+        assert (asked.target, dict(asked.meta)) == (None, {})
+
+
+def test_perfect_answers_score_one_in_any_accepted_wording(benchmark):
+    for place in (0, -1):
+        texts = {sample.id: targets_of(sample)[place] for sample in benchmark.samples()}
+        result = judged(benchmark, texts)
+        assert result.model.figures[benchmark.headline] == 1.0
+        assert result.model.intervals[benchmark.headline].low < 1.0, "certain after a few questions"
+
+
+@pytest.mark.parametrize("texts", [True, False], ids=["empty", "missing"])
+def test_empty_and_failed_answers_score_zero_and_stay_in_the_denominator(benchmark, texts):
+    answers = {sample.id: "" for sample in benchmark.samples()} if texts else {}
+    result = judged(benchmark, answers)
+    assert result.model.figures[benchmark.headline] == 0.0
+    assert result.model.failed == (0 if texts else len(result.samples))
+    assert sum(task.n for task in result.model.tasks.values()) == len(result.samples)
+    half = dict(list(perfect(benchmark).items())[::2])
+    assert 0 < judged(benchmark, half).model.figures[benchmark.headline] < 1
+
+
+def test_an_error_scores_zero_whatever_text_stands_beside_it(benchmark):
+    for sample in benchmark.samples():
+        assert benchmark.score(sample, Answer(sample.id, targets_of(sample)[0], error="broken")).value == 0
+
+
+def test_figures_lie_in_0_to_1_and_forget_the_order(benchmark):
+    rng, texts = random.Random(3), perfect(benchmark)
+    wrong = {key: text if rng.random() < 0.5 else "wrong" for key, text in texts.items()}
+    result = judged(benchmark, wrong)
+    assert benchmark.headline in result.model.figures
+    assert all(0 <= value <= 1 for value in result.model.figures.values())
+    assert all(0 <= score.value <= 1 for score in result.model.scores)
+    for _ in range(3):
+        shuffled = rng.sample(result.model.scores, len(result.model.scores))
+        assert benchmark.summarise(shuffled) == pytest.approx(dict(result.model.figures), abs=1e-12)
+
+
+def test_settings_come_back_from_json_and_refuse_strangers(benchmark):
+    raw = benchmark.settings.model_dump(mode="json")
+    assert raw["kind"] in BENCHMARKS.names()
+    assert read_part(BENCHMARKS, raw) == benchmark.settings
+    with pytest.raises(RecipeError, match="unknown key"):
+        read_part(BENCHMARKS, {**raw, "no_such_key": 1})
