@@ -1,0 +1,81 @@
+"""``vlmix eval``: judge a model on benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.table import Table
+
+from vlmix.cli.console import out
+from vlmix.core.errors import InputError
+from vlmix.core.parts import BENCHMARKS
+
+
+def evaluate(
+    model: Path = typer.Argument(help="A model folder or a run folder."),
+    benchmark: str = typer.Option(..., "--benchmark", "-b", help="One name or several, separated by commas."),
+    data: Path = typer.Option(None, "--data", help="Folder of the benchmark's data, where it needs one."),
+    limit: int = typer.Option(None, "--limit", min=1, help="Ask only the first so many questions."),
+    out_dir: Path = typer.Option(None, "--out", help="Report folder; MODEL/report-BENCHMARK if left out."),
+    batch_size: int = typer.Option(64, "--batch-size", min=1, help="Questions answered at once."),
+    settings: list[str] = typer.Option([], "--set", help="A benchmark setting as key=value, such as seed=7."),
+) -> None:
+    """Judge MODEL on benchmarks and write report.html, results.json and answers.jsonl.
+
+    Every figure comes with its 95 % interval, the majority answer, and the blind control: the same questions
+    with the pictures exchanged.
+    """
+    names = [name for name in benchmark.split(",") if name]
+    raws = [_raw(name, data, settings) for name in names]
+
+    from vlmix.cli.flow import judge, open_benchmark
+    from vlmix.core.sample import Decoding
+    from vlmix.evals.report import write_report
+    from vlmix.models.loading import model_folder
+
+    folder = model_folder(model)
+    benchmarks = [(open_benchmark(raw), limit) for raw in raws]
+    results = judge(folder, benchmarks, Decoding(batch_size=batch_size))
+    target = out_dir or model / f"report-{'-'.join(names)}"
+    write_report(target, f"{model} on {', '.join(names)}", results)
+    show_results(results)
+    out().print(f"report  {target / 'report.html'}")
+
+
+def _raw(name: str, data: Path | None, settings: list[str]) -> dict[str, object]:
+    from vlmix.train.recipe_file import with_overrides
+
+    if name not in BENCHMARKS.names():
+        BENCHMARKS.get(name)
+    raw: dict[str, object] = {"kind": name}
+    if data is not None:
+        if not data.exists():
+            raise InputError(f"--data {data}: no such folder")
+        raw["path"] = str(data)
+    return with_overrides(raw, settings)
+
+
+def show_results(results: list) -> None:
+    """Print each benchmark's figures beside its controls."""
+    for result in results:
+        table = Table(
+            title=f"{result.benchmark}: {len(result.samples)} questions", title_justify="left", box=None
+        )
+        for column in ("figure", "model", "95 % interval", "blind", "majority by task"):
+            table.add_column(column, justify="left" if column == "figure" else "right")
+        for name, value in result.model.figures.items():
+            blind = "" if result.blind is None else f"{result.blind.figures.get(name, float('nan')):.1%}"
+            interval = result.model.intervals[name]
+            table.add_row(
+                name,
+                f"{value:.1%}",
+                f"{interval.low:.1%} to {interval.high:.1%}",
+                blind,
+                f"{result.majority_by_task.figures.get(name, float('nan')):.1%}",
+            )
+        out().print(table)
+        if result.model.failed:
+            out().print(
+                f"[yellow]{result.model.failed} questions could not be asked; they count as wrong.[/]"
+            )

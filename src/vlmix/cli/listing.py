@@ -1,0 +1,54 @@
+"""``vlmix list``: what there is to build with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.table import Table
+
+from vlmix.cli.console import out
+from vlmix.core.errors import UnknownNameError
+from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES
+from vlmix.train.recipe_file import find_recipe, shipped_recipes
+
+_REGISTRIES = {
+    "encoders": ENCODERS,
+    "fusion": FUSIONS,
+    "projectors": PROJECTORS,
+    "sources": SOURCES,
+    "benchmarks": BENCHMARKS,
+}
+
+
+def list_parts(
+    what: str = typer.Argument(
+        "", help="encoders, fusion, projectors, sources, benchmarks or recipes; all if left out."
+    ),
+) -> None:
+    """List the parts, data sources, benchmarks and recipes that vlmix ships or finds in plugins."""
+    kinds = [*_REGISTRIES, "recipes"]
+    if what and what not in kinds:
+        raise UnknownNameError("list", what, kinds)
+    for kind in [what] if what else kinds:
+        table = Table(
+            title=kind, title_justify="left", title_style="bold", box=None, padding=(0, 2), show_header=False
+        )
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column()
+        for name, summary in _rows(kind):
+            table.add_row(name, summary)
+        out().print(table)
+        out().print()
+
+
+def _rows(kind: str) -> list[tuple[str, str]]:
+    if kind == "recipes":
+        return [(name, _first_comment(find_recipe(name, Path()))) for name in shipped_recipes()]
+    registry = _REGISTRIES[kind]
+    return [(name, registry.summary(name)) for name in registry.names()]
+
+
+def _first_comment(recipe: Path) -> str:
+    first = recipe.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
