@@ -1,0 +1,1 @@
+"""Vision encoders, one file each: pixels in 0..1 -> feature map."""

@@ -1,0 +1,102 @@
+"""CLIP vision transformer: any layer's patch tokens, without the class token.
+
+The defaults are CLIP ViT-L/14 at 336 pixels read as LLaVA does: the state before the last block, no norm.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from vlmix.core.interfaces import VisionEncoder
+from vlmix.core.parts import ENCODERS
+from vlmix.core.tensors import FeatureMap, VisionSpec
+from vlmix.encoders._pixels import encoder_input
+from vlmix.encoders._vit import VitSettings, vit_spec
+from vlmix.encoders._weights import load_tower
+
+
+class ClipSettings(VitSettings):
+    """Sizes of the tower, and when the class token leaves.
+
+    ``class_token``: ``drop_after`` keeps it through the blocks (LLaVA, Mini-Gemini); ``drop_before`` takes
+    it out ahead of the first norm (Eagle, LLaVA-HR), so that no block ever sees it.
+    """
+
+    kind: Literal["clip"] = "clip"  # pyright: ignore[reportIncompatibleVariableOverride]
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    feature_layer: int = -2
+    class_token: Literal["drop_after", "drop_before"] = "drop_after"
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Three blocks of which two run, and a grid of 4 x 4."""
+        return cls(image_size=32, patch_size=8, width=16, layers=3, heads=2, mlp=32)
+
+
+@ENCODERS.register("clip")
+class ClipEncoder(VisionEncoder):
+    """CLIP's vision tower up to the chosen layer."""
+
+    settings_class = ClipSettings
+
+    def __init__(self, settings: ClipSettings) -> None:
+        super().__init__(settings)
+        self.settings, self.weights = settings, settings.weights
+        self.tower = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=settings.width,
+                intermediate_size=settings.mlp,
+                num_hidden_layers=self.spec.blocks,
+                num_attention_heads=settings.heads,
+                image_size=settings.image_size,
+                patch_size=settings.patch_size,
+                hidden_act=settings.activation,
+            )
+        )
+        # Only the pooled class token passes through this norm, which no feature here reads.
+        self.tower.set_submodule("post_layernorm", nn.Identity())
+
+    @classmethod
+    def plan(cls, settings: ClipSettings) -> VisionSpec:
+        """See ``vit_spec``."""
+        return vit_spec(settings)
+
+    @property
+    def inert_parameters(self) -> tuple[str, ...]:
+        """The class token's embedding where it leaves before anything reads it."""
+        dropped = self.settings.class_token == "drop_before"
+        return ("tower.embeddings.class_embedding",) if dropped else ()
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Patches, class token and positions, normed: (I, N or N + 1, C)."""
+        dtype = self.tower.embeddings.patch_embedding.weight.dtype
+        x_INC = self.tower.embeddings(encoder_input(pixel_values, self.settings, dtype))
+        if self.settings.class_token == "drop_before":
+            x_INC = x_INC[:, 1:]
+        return self.tower.pre_layrnorm(x_INC)
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """Transformer block ``index``."""
+        return self.tower.encoder.layers[index](x, None)
+
+    def finish(self, x: Tensor) -> FeatureMap:
+        """Patch tokens only."""
+        return FeatureMap(x[:, -self.spec.tokens :], self.spec.grid)
+
+    def load_weights(self, source: str) -> None:
+        """Load a CLIP model or its vision tower from a hub id or folder.
+
+        Raises:
+            CheckpointError: if sizes differ, or a tensor is missing, left over or of another shape.
+
+        """
+        load_tower(self.tower, source, layers=self.settings.layers, unused=(r"post_layernorm\.",))

@@ -1,0 +1,91 @@
+"""SigLIP vision transformer: any layer's tokens; it has no class token.
+
+The defaults are SigLIP so400m/14 at 384 pixels, read after its last block and final norm.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from vlmix.core.interfaces import VisionEncoder
+from vlmix.core.parts import ENCODERS
+from vlmix.core.tensors import FeatureMap, VisionSpec
+from vlmix.encoders._pixels import Colour, encoder_input
+from vlmix.encoders._vit import VitSettings, vit_spec
+from vlmix.encoders._weights import load_tower
+
+
+class SiglipSettings(VitSettings):
+    """Sizes of the tower; ``final_norm`` applies the published last norm to the chosen layer."""
+
+    kind: Literal["siglip"] = "siglip"  # pyright: ignore[reportIncompatibleVariableOverride]
+    image_size: int = 384
+    patch_size: int = 14
+    width: int = 1152
+    layers: int = 27
+    heads: int = 16
+    mlp: int = 4304
+    final_norm: bool = True
+    mean: Colour = (0.5, 0.5, 0.5)
+    std: Colour = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Three blocks of which two run, the final norm, and a grid of 4 x 4."""
+        return cls(image_size=32, patch_size=8, width=16, layers=3, heads=2, mlp=32, feature_layer=-2)
+
+
+@ENCODERS.register("siglip")
+class SiglipEncoder(VisionEncoder):
+    """SigLIP's vision tower up to the chosen layer, without its pooling head."""
+
+    settings_class = SiglipSettings
+
+    def __init__(self, settings: SiglipSettings) -> None:
+        super().__init__(settings)
+        self.settings, self.weights = settings, settings.weights
+        self.tower = SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=settings.width,
+                intermediate_size=settings.mlp,
+                num_hidden_layers=self.spec.blocks,
+                num_attention_heads=settings.heads,
+                image_size=settings.image_size,
+                patch_size=settings.patch_size,
+                vision_use_head=False,
+            )
+        )
+        if not settings.final_norm:
+            self.tower.set_submodule("post_layernorm", nn.Identity())
+
+    @classmethod
+    def plan(cls, settings: SiglipSettings) -> VisionSpec:
+        """See ``vit_spec``; 384 pixels in patches of 14 leave a margin that SigLIP itself never reads."""
+        patches = max(settings.image_size // settings.patch_size, 1)
+        return vit_spec(settings.model_copy(update={"image_size": patches * settings.patch_size}))
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Patches with positions: (I, N, C)."""
+        dtype = self.tower.embeddings.patch_embedding.weight.dtype
+        return self.tower.embeddings(encoder_input(pixel_values, self.settings, dtype))
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """Transformer block ``index``."""
+        return self.tower.encoder.layers[index](x, None)
+
+    def finish(self, x: Tensor) -> FeatureMap:
+        """Every token, normed where the settings say so."""
+        return FeatureMap(self.tower.post_layernorm(x), self.spec.grid)
+
+    def load_weights(self, source: str) -> None:
+        """Load a SigLIP model or its vision tower from a hub id or folder.
+
+        Raises:
+            CheckpointError: if sizes differ, or a tensor is missing, left over or of another shape.
+
+        """
+        unused = (r"head\.",) if self.settings.final_norm else (r"head\.", r"post_layernorm\.")
+        load_tower(self.tower, source, layers=self.settings.layers, unused=unused)

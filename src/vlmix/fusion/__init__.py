@@ -1,0 +1,1 @@
+"""Fusions, one file each: several encoders -> one feature map."""

@@ -1,0 +1,46 @@
+"""Linear layers with exact GELU between them on every token (LLaVA-1.5's ``mlp2x_gelu``)."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import PositiveInt
+
+from vlmix.core.interfaces import Projector
+from vlmix.core.parts import PROJECTORS
+from vlmix.core.settings import PartSettings
+from vlmix.core.tensors import FeatureMap, VisionSpec
+from vlmix.projectors._mlp import mlp
+
+
+class MlpSettings(PartSettings):
+    """``depth`` Linear layers; ``hidden`` is their width in between, the language model's unless given."""
+
+    kind: Literal["mlp"] = "mlp"  # pyright: ignore[reportIncompatibleVariableOverride]
+    depth: PositiveInt = 2
+    hidden: PositiveInt | None = None
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Three layers with a width of their own in between."""
+        return cls(depth=3, hidden=10)
+
+
+@PROJECTORS.register("mlp")
+class MlpProjector(Projector):
+    """Keeps the grid. Its layers are numbered as in LLaVA: 0, 2, …"""
+
+    settings_class = MlpSettings
+
+    def __init__(self, settings: MlpSettings, spec: VisionSpec, width: int) -> None:
+        super().__init__()
+        self.layers = mlp(spec.channels, settings.hidden or width, width, settings.depth)
+
+    @classmethod
+    def plan(cls, settings: MlpSettings, spec: VisionSpec, width: int) -> VisionSpec:
+        """The same grid at the language model's width."""
+        return VisionSpec(spec.grid, width)
+
+    def forward(self, features: FeatureMap) -> FeatureMap:
+        """Map every token."""
+        return FeatureMap(self.layers(features.tokens), features.grid)
