@@ -57,12 +57,12 @@ class Item:
 
 
 class Canvas:
-    """A square picture being painted; the background is a random light or dark tint."""
+    """A square picture being painted on a random light tint, or a dark one from a quarter of the dial on."""
 
     def __init__(self, rng: Generator, dial: Dial) -> None:
         self._rng, self._dial = rng, dial
         self.size = dial.image_size
-        self.dark = bool(rng.integers(2))
+        self.dark = bool(rng.integers(2)) and dial.difficulty >= 0.25
         self.background = rng.integers(0, 32, 3) if self.dark else rng.integers(224, 256, 3)
         self.pixels: Pixels = np.empty((self.size, self.size, 3), np.uint8)
         self.pixels[:] = self.background

@@ -42,15 +42,21 @@ def words(rng: Generator, dial: Dial) -> Item:
 
 
 def word_list(dial: Dial) -> tuple[str, ...]:
-    """The words that can be written: three letters, and five as well from half difficulty on."""
-    return WORDS + LONG_WORDS if dial.difficulty >= 0.5 else WORDS
+    """The words that can be written: twelve when easy, then more, and long ones from half difficulty on."""
+    return WORDS + LONG_WORDS if dial.difficulty >= 0.5 else WORDS[: 12 + round(96 * dial.difficulty)]
+
+
+def _place(rng: Generator, dial: Dial, size: int) -> int:
+    """Where text of ``size`` pixels begins: near the middle when easy, anywhere from half difficulty on."""
+    middle = (dial.image_size - size) // 2
+    astray = min(2 * dial.unit + round(2 * dial.difficulty * middle), middle - 1)
+    return middle + int(rng.integers(-astray, astray + 1))
 
 
 def _write(rng: Generator, dial: Dial, text: str) -> Pixels:
     canvas = Canvas(rng, dial)
     width, height = text_width(len(text), dial.text_height), dial.text_height
-    x = int(rng.integers(1, dial.image_size - width))
-    y = int(rng.integers(1, dial.image_size - height))
+    x, y = (_place(rng, dial, size) for size in (width, height))
     scatter(rng, canvas, dial, dial.between(0, 4), (x - 1, y - 1, x + width + 1, y + height + 1))
     canvas.text(text, x, y, height, canvas.ink())
     return canvas.finish()
