@@ -239,6 +239,8 @@ class Shell(PreTrainedModel):
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(name):
     part = randomised(ENCODERS.get(name)(tiny(ENCODERS, name))).train()
     shell, kept, gradients = Shell(part), [], []
+    if part.spec.blocks == 1 and not any(hasattr(m, "gradient_checkpointing") for m in part.modules()):
+        pytest.skip("one block without depth: nothing to checkpoint")
     for _ in range(2):
         numbers = []
         with saved_tensors_hooks(lambda t, into=numbers: (into.append(t.numel()), t)[1], lambda t: t):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vlmix.core.initial import fan_in
 from vlmix.core.sample import Answer, Sample, Score
 from vlmix.core.settings import PartSettings
 from vlmix.core.tensors import FeatureMap, TextContext, VisionSpec
@@ -93,6 +94,10 @@ class VisionEncoder(Part):
 class Fusion(Part):
     """Several encoders -> one feature map. Built from its settings and the encoders' specs."""
 
+    def reset(self) -> None:
+        """Start from weights that keep the size of what passes through, at any width."""
+        fan_in(self)
+
     @classmethod
     @abstractmethod
     def plan(cls, settings: Any, specs: Sequence[VisionSpec]) -> VisionSpec:
@@ -132,6 +137,10 @@ class LateFusion(Fusion):
 
 class Projector(Part):
     """Fused map -> tokens of the language model's width. Built from settings, spec and width."""
+
+    def reset(self) -> None:
+        """Start from weights that keep the size of what passes through, at any width."""
+        fan_in(self)
 
     @classmethod
     @abstractmethod

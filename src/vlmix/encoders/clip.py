@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
+import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from vlmix.core.initial import fan_in
 from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
 from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.encoders._pixels import encoder_input
 from vlmix.encoders._vit import VitSettings, vit_spec
 from vlmix.encoders._weights import load_tower
+
+POSITION_STD = 0.5
 
 
 class ClipSettings(VitSettings):
@@ -75,6 +79,15 @@ class ClipEncoder(VisionEncoder):
         """The class token's embedding where it leaves before anything reads it."""
         dropped = self.settings.class_token == "drop_before"
         return ("tower.embeddings.class_embedding",) if dropped else ()
+
+    def reset(self) -> None:
+        """Start from patches of size one with positions that stand out among them.
+
+        CLIP's own constants make every patch of an even background look alike, so a small tower trained from
+        scratch spends its first thousand steps finding out where things are.
+        """
+        fan_in(self.tower.embeddings)
+        init.normal_(self.tower.embeddings.position_embedding.weight, std=POSITION_STD)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Patches, class token and positions, normed: (I, N or N + 1, C)."""

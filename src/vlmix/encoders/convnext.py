@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmix.core.errors import PlanError
+from vlmix.core.initial import fan_in
 from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
 from vlmix.core.tensors import FeatureMap, VisionSpec
@@ -100,12 +101,10 @@ class ConvnextEncoder(VisionEncoder):
         return VisionSpec((side, side), channels, blocks=stages[0] + 1 if alone else 1)
 
     def reset(self) -> None:
-        """Give timm's own initial values, which generic initialisation does not know."""
+        """Start from weights that suit any width, and the residual scales from ``layer_scale``."""
+        fan_in(self.tower)
         for module in self.tower.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-                init.trunc_normal_(module.weight, std=0.02)
-                init.zeros_(module.bias)
-            elif isinstance(module, ConvNeXtBlock) and module.gamma is not None:
+            if isinstance(module, ConvNeXtBlock) and module.gamma is not None:
                 init.constant_(module.gamma, self.settings.layer_scale)
 
     def embed(self, pixel_values: Tensor) -> Tensor:

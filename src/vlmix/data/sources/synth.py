@@ -31,9 +31,10 @@ Task = Literal[
     "chart_bars",
     "chart_lines",
     "caption",
+    "mosaic",
 ]
 TASKS: Final[tuple[Task, ...]] = get_args(Task)
-QUESTION_TASKS: Final[tuple[Task, ...]] = tuple(task for task in TASKS if task != "caption")
+QUESTION_TASKS: Final[tuple[Task, ...]] = tuple(task for task in TASKS if task not in {"caption", "mosaic"})
 
 _PAINTERS: Final[Mapping[Task, Callable[[Generator, Dial], Item]]] = MappingProxyType(
     {
@@ -47,6 +48,7 @@ _PAINTERS: Final[Mapping[Task, Callable[[Generator, Dial], Item]]] = MappingProx
         "chart_bars": charts.bars,
         "chart_lines": charts.lines,
         "caption": captions.caption,
+        "mosaic": captions.mosaic,
     }
 )
 
@@ -115,7 +117,7 @@ class Synth(Source):
         item = _PAINTERS[task](np.random.default_rng([settings.seed, index]), settings.dial())
         name = f"synth-{settings.seed}-{index}"
         answer = item.answer
-        if settings.answer == "sentence" and task != "caption":
+        if settings.answer == "sentence" and task in QUESTION_TASKS:
             answer = f"The answer is {answer}."
         user = Turn("user", (ImageRef(Image.fromarray(item.pixels)), item.question))
         details: dict[str, Json] = {"split": settings.split, **item.details}

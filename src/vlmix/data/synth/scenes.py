@@ -128,6 +128,17 @@ def scatter(rng: Generator, canvas: Canvas, dial: Dial, number: int, keep: tuple
     _paint_on(rng, canvas, dial, _others(rng, len(order), lambda _: True), [free[i] for i in order])
 
 
+def place(rng: Generator, canvas: Canvas, left: int, top: int, side: int) -> str:
+    """Paint one thing somewhere in a square cell and return its name."""
+    thing = THINGS[rng.integers(len(THINGS))]
+    largest = (side - 2) // 2
+    radius = int(rng.integers((2 * largest + 2) // 3, largest + 1))
+    room = side - 1 - 2 * radius
+    x, y = (int(start + radius + rng.random() * room) for start in (left, top))
+    canvas.shape(thing.shape, thing.colour, x, y, radius)
+    return str(thing)
+
+
 def _near(rng: Generator, thing: Thing, number: int) -> list[Thing]:
     """Look-alikes that share either the colour or the shape, in turn."""
     start = int(rng.integers(2))

@@ -29,16 +29,42 @@ MAX_LENGTH: Final = 5
 
 def digits(rng: Generator, dial: Dial) -> Item:
     """A number of two digits, or up to four at full difficulty; never with a leading zero."""
-    length = int(rng.integers(2, dial.between(2, 4) + 1))
-    number = str(rng.integers(10 ** (length - 1), 10**length))
-    return Item(_write(rng, dial, number), "What number is written?", number, {"length": length})
+    written = number(rng, dial)
+    return Item(_write(rng, dial, written), "What number is written?", written, {"length": len(written)})
 
 
 def words(rng: Generator, dial: Dial) -> Item:
     """A word of the list."""
+    written = word(rng, dial)
+    return Item(
+        _write(rng, dial, written.upper()), "What word is written?", written, {"length": len(written)}
+    )
+
+
+def number(rng: Generator, dial: Dial) -> str:
+    """Two digits, or up to four at full difficulty; never with a leading zero."""
+    length = int(rng.integers(2, dial.between(2, 4) + 1))
+    return str(rng.integers(10 ** (length - 1), 10**length))
+
+
+def word(rng: Generator, dial: Dial) -> str:
+    """One of the list."""
     known = word_list(dial)
-    word = known[rng.integers(len(known))]
-    return Item(_write(rng, dial, word.upper()), "What word is written?", word, {"length": len(word)})
+    return known[rng.integers(len(known))]
+
+
+def place(rng: Generator, canvas: Canvas, dial: Dial, text: str, cell: tuple[int, int, int]) -> None:
+    """Write near the middle of a square cell (left, top, side), inside the picture."""
+    left, top, side = cell
+    width, height = text_width(len(text), dial.text_height), dial.text_height
+    x, y = (
+        start + (side - size) // 2 + int(rng.integers(-2, 3)) * dial.unit
+        for start, size in ((left, width), (top, height))
+    )
+    limit = dial.image_size - 1
+    canvas.text(
+        text, min(max(x, 1), limit - width), min(max(y, 1), limit - height), dial.text_height, canvas.ink()
+    )
 
 
 def word_list(dial: Dial) -> tuple[str, ...]:
