@@ -37,19 +37,20 @@ def demo(
         )
     else:
         show_results(train_and_judge(recipe, out_dir, resume=(out_dir / "recipe.yaml").is_file()))
-    _ask(out_dir)
+    _ask(out_dir, recipe.model.image_size)
 
 
-def _ask(folder: Path) -> None:
+def _ask(folder: Path, image_size: int) -> None:
     """Paint a picture nobody trained on, ask three questions about it, and say how to go on."""
     from vlmix.cli.chat import ask
     from vlmix.core.sample import Decoding, ImageRef, Turn
+    from vlmix.data.sources.synth import SynthSettings
     from vlmix.data.synth.exhibit import exhibit
     from vlmix.evals.responder import ModelResponder
     from vlmix.models.loading import load
 
     responder = ModelResponder(*load(folder))
-    shown = exhibit()
+    shown = exhibit(SynthSettings(image_size=image_size, difficulty=0).dial())
     path = folder / _PICTURE
     shown.image.save(path)
     console = out()

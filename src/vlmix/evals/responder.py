@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ _BATCHES_AT_ONCE = 8
 class ModelResponder:
     """A model that answers in batches; an answer depends on neither its batch nor its place in the order.
 
-    The model is put in eval mode and stays there. A sample that cannot be read, or leaves no room for its
+    The model is put in eval mode and stays there. An answer may take half of the context. A sample that cannot be read, or leaves no room for its
     answer, gets an answer with ``error`` set. Above temperature 0, ``seed`` fixes what is drawn, but the
     draws then depend on the batch.
     """
@@ -33,10 +34,9 @@ class ModelResponder:
         self,
         model: VlmixForConditionalGeneration,
         processor: VlmixProcessor,
-        device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
-        self.model, self.processor, self.device, self.seed = model.eval(), processor, device, seed
+        self.model, self.processor, self.seed = model.eval(), processor, seed
 
     def respond(self, samples: Iterable[Sample], decoding: Decoding) -> Iterator[Answer]:
         """Yield one answer for each sample, in order; pictures are open for one batch at a time."""
@@ -47,7 +47,8 @@ class ModelResponder:
     def _answer(self, samples: Sequence[Sample], decoding: Decoding) -> list[Answer]:
         answers: dict[int, Answer] = {}
         encoded: dict[int, Encoded] = {}
-        room = self._room(decoding.max_new_tokens)
+        decoding = self._fitted(decoding)
+        room = self._context - decoding.max_new_tokens
         for index, sample in enumerate(samples):
             try:
                 encoded[index] = self.processor.encode(sample, supervise=False, max_length=room)
@@ -79,15 +80,22 @@ class ModelResponder:
             answers[index] = Answer(batch[index].sample_id, text, tokens, seconds)
         return answers
 
-    def _room(self, max_new_tokens: int) -> int:
-        """Tokens a prompt may have so that the answer still fits the context."""
+    @property
+    def _context(self) -> int:
+        """Tokens that prompt and answer may have together."""
         context = self.model.config.language.max_position_embeddings
-        return min(context, self.processor.max_length or context) - max_new_tokens
+        return min(context, self.processor.max_length or context)
+
+    def _fitted(self, decoding: Decoding) -> Decoding:
+        """An answer may take half of the context at most, whatever was asked for."""
+        return replace(decoding, max_new_tokens=min(decoding.max_new_tokens, self._context // 2))
 
     @torch.inference_mode()
     def _generate(self, inputs: Mapping[str, Tensor], decoding: Decoding) -> list[tuple[str, int]]:
         """The text of each row and its length in tokens, the end token not counted."""
-        on_device = {name: tensor.to(self.device) for name, tensor in inputs.items() if name != "labels"}
+        on_device = {
+            name: tensor.to(self.model.device) for name, tensor in inputs.items() if name != "labels"
+        }
         drawn = {"do_sample": True, "temperature": decoding.temperature} if decoding.temperature > 0 else {}
         with torch.random.fork_rng(enabled=bool(drawn)):
             if drawn:

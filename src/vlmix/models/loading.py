@@ -1,10 +1,13 @@
 """``vlmix.load``: a model and its processor from a model folder or a finished run."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from vlmix.core.errors import CheckpointError
 from vlmix.core.files import verify_manifest
@@ -54,7 +57,8 @@ def load(
     config = VlmixConfig.get_config_dict(folder)[0]
     if config.get("model_type") != "vlmix":
         raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, not 'vlmix'.")
-    model = VlmixForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+    with no_bars():
+        model = VlmixForConditionalGeneration.from_pretrained(folder, local_files_only=True)
     processor = VlmixProcessor.from_pretrained(folder, local_files_only=True)
     cast("nn.Module", model).to(device or default_device())  # transformers' own `to` is untyped
     return model.eval(), processor
@@ -63,3 +67,15 @@ def load(
 def default_device() -> torch.device:
     """The accelerator of this machine, or the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@contextmanager
+def no_bars() -> Generator[None]:
+    """Keep transformers from drawing progress bars of its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final, TypeVar
 
@@ -18,12 +19,14 @@ from vlmix.models.rendering import IMAGE
 PAD, BOS, EOS, TURN_START, TURN_END = "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"
 T = TypeVar("T", bound=PreTrainedTokenizerBase)
 SPECIAL_TOKENS: Final = (PAD, BOS, EOS, IMAGE, TURN_START, TURN_END)
+CONTROL_TOKENS: Final = {"bos_token": BOS, "eos_token": TURN_END, "pad_token": PAD}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer; the same texts in the same order always give the same one.
 
-    Digits stay single tokens, so numbers are read digit by digit. It has the control tokens of the templates
+    Give whole prompts: what a template writes around each turn then costs a token or two. Control tokens in
+    them are cut out. Digits stay single tokens, so numbers are read digit by digit. It has the control tokens of the templates
     ``chatml`` and ``vicuna``, ends answers with ``<|im_end|>``, and adds no begin-of-text token.
 
     Raises:
@@ -43,7 +46,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    controls = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    tokenizer.train_from_iterator((piece for text in texts for piece in controls.split(text)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from vlmix.models.configuration import VlmixConfig
 from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.processing import VlmixProcessor
+from vlmix.models.rendering import prompt_text, render
 from vlmix.models.templates import load_template
-from vlmix.models.tokenization import prepare_tokenizer, train_tokenizer
+from vlmix.models.tokenization import CONTROL_TOKENS, prepare_tokenizer, train_tokenizer
 from vlmix.train.recipe import ModelSettings, Recipe, Stage, TokenizerTraining
 from vlmix.train.recipe_file import parts_of
 from vlmix.train.transforms.load_encoder import load_encoder
@@ -144,17 +146,19 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _texts(recipe: Recipe, samples: int) -> Iterator[str]:
-    """The text of about ``samples`` rows, spread evenly over the recipe's different sources."""
+    """About ``samples`` conversations as the template writes them, shared among the recipe's sources."""
     raws = {json.dumps(data.source, sort_keys=True): data.source for s in recipe.stages for data in s.data}
-    share = max(1, samples // len(raws))
+    template, share = _template(recipe.model.chat_template), max(1, samples // len(raws))
     for raw in raws.values():
         source = open_source(raw)
-        for index in range(0, len(source), max(1, len(source) // share)):
+        # Drawn at random: sources that take their tasks in turn would show an even stride only some of them.
+        drawn = random.Random(recipe.seed).sample(range(len(source)), min(share, len(source)))
+        for index in sorted(drawn):
             try:
-                sample = source[index]
+                turns = source[index].turns
             except SampleError:
                 continue  # training will quarantine this row with its reason
-            yield from (turn.text for turn in sample.turns)
+            yield prompt_text(render(template, turns, variables=CONTROL_TOKENS))
 
 
 def _template(name_or_path: str) -> str:

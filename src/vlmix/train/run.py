@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 from rich.console import Console
 from torch import nn
-from transformers.utils import logging
 
 from vlmix.core.errors import CheckpointError, InputError
 from vlmix.core.files import (
@@ -21,7 +18,7 @@ from vlmix.core.files import (
     write_json,
     write_manifest,
 )
-from vlmix.models.loading import default_device
+from vlmix.models.loading import default_device, no_bars
 from vlmix.train.build import Setup, build, check_parts, load_setup, save_setup
 from vlmix.train.checkpoint import Found, newest, versions
 from vlmix.train.interrupt import StopRequest
@@ -114,21 +111,9 @@ def _write_down(recipe: Recipe, setup: Setup, out: Path) -> None:
 def _publish_model(setup: Setup, folder: Path) -> Path:
     """An ordinary transformers folder with the finished model and its processor."""
     setup.model.eval()
-    with publish(folder) as new, _no_bars():
+    with publish(folder) as new, no_bars():
         setup.model.save_pretrained(new)
         setup.processor.save_pretrained(new)
         write_manifest(new, MODEL_SCHEMA)
     verify_manifest(folder, MODEL_SCHEMA)
     return folder
-
-
-@contextmanager
-def _no_bars() -> Generator[None]:
-    """Keep transformers from drawing a bar of its own below ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

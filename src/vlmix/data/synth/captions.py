@@ -8,7 +8,8 @@ from vlmix.data.synth import charts, scenes, text
 from vlmix.data.synth.drawing import Canvas, Dial, Item, Pixels
 
 _SIDE = 3
-_SHEETS = (("thing",), ("number", "word"), ("thing", "number", "word"))
+_TEXT = ("number", "word")
+_SHEETS = (("thing",), _TEXT, ("thing", *_TEXT))
 _KINDS = ("scene", "scene", "scene", "number", "word", "bars", "line")
 
 
@@ -25,15 +26,23 @@ def mosaic(rng: Generator, dial: Dial) -> Item:
     Every picture teaches up to nine answers where a question teaches one, so small eyes learn to see from
     a tenth of the pictures.
     """
+    return _sheet(rng, dial, _SHEETS[rng.integers(len(_SHEETS))])
+
+
+def page(rng: Generator, dial: Dial) -> Item:
+    """The same with numbers and words alone."""
+    return _sheet(rng, dial, _TEXT)
+
+
+def _sheet(rng: Generator, dial: Dial, kinds: tuple[str, ...]) -> Item:
     canvas, filled = Canvas(rng, dial), 0.4 + 0.6 * rng.random()
-    sheet = _SHEETS[rng.integers(len(_SHEETS))]
     step = dial.image_size // _SIDE
     shown: list[str] = []
     for cell in range(_SIDE * _SIDE):
         if rng.random() > filled:
             continue
         row, column = divmod(cell, _SIDE)
-        kind = sheet[rng.integers(len(sheet))]
+        kind = kinds[rng.integers(len(kinds))]
         if kind == "thing":
             shown.append(scenes.place(rng, canvas, column * step, row * step, step))
         else:

@@ -44,8 +44,13 @@ def count(rng: Generator, dial: Dial) -> Item:
     asked = THINGS[rng.integers(len(THINGS))]
     number = int(rng.integers(1, max_count(dial) + 1))
     others = [*_near(rng, asked, 1), *_others(rng, dial.between(0, 4), lambda t: t != asked)]
-    pixels = _paint(rng, dial, [*[asked] * number, *others])
-    return Item(pixels, f"How many {asked}s are there?".replace("crosss", "crosses"), str(number))
+    pixels = paint(rng, dial, [*[asked] * number, *others])
+    return Item(pixels, how_many(asked), str(number))
+
+
+def how_many(thing: Thing) -> str:
+    """The question after the number of one thing."""
+    return f"How many {thing}s are there?".replace("crosss", "crosses")
 
 
 def max_count(dial: Dial) -> int:
@@ -57,14 +62,14 @@ def colour(rng: Generator, dial: Dial) -> Item:
     """The colour of the only thing of a shape."""
     asked = THINGS[rng.integers(len(THINGS))]
     others = _others(rng, dial.between(1, 6), lambda t: t.shape != asked.shape)
-    return Item(_paint(rng, dial, [asked, *others]), f"What colour is the {asked.shape}?", asked.colour)
+    return Item(paint(rng, dial, [asked, *others]), f"What colour is the {asked.shape}?", asked.colour)
 
 
 def shape(rng: Generator, dial: Dial) -> Item:
     """The shape of the only thing of a colour."""
     asked = THINGS[rng.integers(len(THINGS))]
     others = _others(rng, dial.between(1, 6), lambda t: t.colour != asked.colour)
-    return Item(_paint(rng, dial, [asked, *others]), f"What shape is {asked.colour}?", asked.shape)
+    return Item(paint(rng, dial, [asked, *others]), f"What shape is {asked.colour}?", asked.shape)
 
 
 def relation(rng: Generator, dial: Dial) -> Item:
@@ -81,7 +86,7 @@ def relation(rng: Generator, dial: Dial) -> Item:
         Cell(int(b), a) if _RELATIONS[word] else Cell(a, int(b)) for a, b in zip(along, across, strict=True)
     ]
     others = _others(rng, dial.between(0, 4), lambda t: t not in {first, second})
-    pixels = _paint(rng, dial, [first, second, *others], cells)
+    pixels = paint(rng, dial, [first, second, *others], cells)
     return Item(pixels, f"Is the {first} {word} the {second}?", "yes" if true else "no", {"relation": word})
 
 
@@ -97,7 +102,7 @@ def existence(rng: Generator, dial: Dial) -> Item:
     if true:
         others[-1] = asked
     answer = "yes" if true else "no"
-    return Item(_paint(rng, dial, others), f"Is there a {asked}?", answer, {"negatives": kind})
+    return Item(paint(rng, dial, others), f"Is there a {asked}?", answer, {"negatives": kind})
 
 
 def described(rng: Generator, dial: Dial) -> Item:
@@ -106,7 +111,7 @@ def described(rng: Generator, dial: Dial) -> Item:
     things = [THINGS[i] for i in rng.integers(len(THINGS), size=number)]
     side = _grid_side(dial)
     chosen = sorted(int(i) for i in rng.choice(side * side, number, replace=False))
-    pixels = _paint(rng, dial, things, [Cell(*divmod(i, side)) for i in chosen])
+    pixels = paint(rng, dial, things, [Cell(*divmod(i, side)) for i in chosen])
     return Item(pixels, "", ", ".join(f"a {thing}" for thing in things))
 
 
@@ -158,7 +163,7 @@ def _grid_side(dial: Dial) -> int:
     return 3 if dial.difficulty < 0.5 else 4
 
 
-def _paint(rng: Generator, dial: Dial, things: Sequence[Thing], first: Sequence[Cell] = ()) -> Pixels:
+def paint(rng: Generator, dial: Dial, things: Sequence[Thing], first: Sequence[Cell] = ()) -> Pixels:
     """Paint the things on cells of their own: the first on the cells given, the rest anywhere."""
     side = _grid_side(dial)
     taken = set(first)
