@@ -30,7 +30,7 @@ def arms(seed: int, overrides: list[str]) -> dict[str, Recipe]:
     """The two recipes of one seed."""
     mining = load_recipe("mining_claim", [f"seed={seed}", *overrides])
     first = json.dumps([mining.model.encoders[0]])
-    alone = ["model.fusion.kind=single", f"model.encoders={first}"]
+    alone = ["model.fusion={kind: single}", f"model.encoders={first}"]
     return {
         "single": load_recipe("mining_claim", [f"seed={seed}", *overrides, *alone]),
         "patch_mining": mining,

@@ -23,7 +23,15 @@ RECIPE = {
     "model": {
         "image_size": 48,
         "encoders": [
-            {"kind": "clip", "image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "mlp": 16},
+            {
+                "kind": "clip",
+                "image_size": 16,
+                "patch_size": 8,
+                "width": 16,
+                "layers": 2,
+                "heads": 2,
+                "mlp": 16,
+            },
             {"kind": "convnext", "image_size": 48, "depths": [1] * 4, "widths": [8] * 4, "stages": [0, 1]},
         ],
         "fusion": {"kind": "patch_mining"},
@@ -83,7 +91,9 @@ def test_a_finished_run_answers_is_judged_and_planned(run_folder):
     assert "accuracy" in judged.stdout
     results = json.loads((run_folder / "judged/results.json").read_text(encoding="utf-8"))
     assert results["results"][0]["n"] == 4
-    planned = [json.loads(vlmix("plan", x, "--json", cwd=run_folder, check=0).stdout) for x in ("run", "tiny.yaml")]
+    planned = [
+        json.loads(vlmix("plan", x, "--json", cwd=run_folder, check=0).stdout) for x in ("run", "tiny.yaml")
+    ]
     assert planned[0]["tokens_per_image"] == planned[1]["tokens_per_image"] == 4
     assert [stage["steps"] for stage in planned[1]["stages"]] == [2, 2]
     assert "one" in vlmix("plan", "tiny.yaml", cwd=run_folder, check=0).stdout

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_encoder_of_the_worked_example_passes_the_conformance_suite(tmp_path):
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    name, code = re.findall(r"<!-- example: src/vlmix/encoders/(\w+)\.py -->\n```python\n(.*?)```", page, re.S)[0]
+    name, code = re.findall(
+        r"<!-- example: src/vlmix/encoders/(\w+)\.py -->\n```python\n(.*?)```", page, re.S
+    )[0]
     # The suite finds parts by looking into the package's folders; one more folder stands in for ours.
     folder = tmp_path / "encoders"
     folder.mkdir()

@@ -208,3 +208,14 @@ def test_rows_outside_the_set_do_not_exist():
     for index in (-1, 3):
         with pytest.raises(IndexError):
             source[index]
+
+
+def test_sheets_name_as_many_cells_as_they_fill():
+    known = {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES} | set(WORDS)
+    for task in ("mosaic", "page"):
+        sheets = list(Synth(SynthSettings(size=200, tasks=(task,), image_size=48, difficulty=0)))
+        for sheet in sheets:
+            named = [] if sheet.target == "nothing" else sheet.target.split(", ")
+            assert len(named) == sheet.meta["cells"] <= 9
+            assert all(name in known or (name.isdecimal() and len(name) == 2) for name in named)
+        assert any(" " in name for s in sheets for name in s.target.split(", ")) == (task == "mosaic")

@@ -25,9 +25,9 @@ _BATCHES_AT_ONCE = 8
 class ModelResponder:
     """A model that answers in batches; an answer depends on neither its batch nor its place in the order.
 
-    The model is put in eval mode and stays there. An answer may take half of the context. A sample that cannot be read, or leaves no room for its
-    answer, gets an answer with ``error`` set. Above temperature 0, ``seed`` fixes what is drawn, but the
-    draws then depend on the batch.
+    The model is put in eval mode and stays there. An answer may take half of the context at most. A sample
+    that cannot be read, or leaves no room for its answer, gets an answer with ``error`` set. Above
+    temperature 0, ``seed`` fixes what is drawn, but the draws then depend on the batch.
     """
 
     def __init__(

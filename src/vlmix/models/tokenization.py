@@ -26,8 +26,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """Train a byte-level BPE tokenizer; the same texts in the same order always give the same one.
 
     Give whole prompts: what a template writes around each turn then costs a token or two. Control tokens in
-    them are cut out. Digits stay single tokens, so numbers are read digit by digit. It has the control tokens of the templates
-    ``chatml`` and ``vicuna``, ends answers with ``<|im_end|>``, and adds no begin-of-text token.
+    them are cut out. Digits stay single tokens, so numbers are read digit by digit. It has the control tokens
+    of the templates ``chatml`` and ``vicuna``, ends answers with ``<|im_end|>``, and adds no begin-of-text
+    token.
 
     Raises:
         InputError: if ``vocab_size`` has no room for the 256 bytes and the special tokens.

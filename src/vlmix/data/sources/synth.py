@@ -16,7 +16,7 @@ from vlmix.core.interfaces import Source
 from vlmix.core.parts import SOURCES
 from vlmix.core.sample import ImageRef, Json, Sample, Turn
 from vlmix.core.settings import PartSettings
-from vlmix.data.synth import captions, charts, quiz, scenes, text
+from vlmix.data.synth import captions, charts, scenes, text
 from vlmix.data.synth.drawing import COLOURS, SHAPES, Dial, Item
 from vlmix.data.synth.fonts import LARGE_HEIGHT, SMALL_HEIGHT, text_width
 
@@ -33,10 +33,9 @@ Task = Literal[
     "caption",
     "mosaic",
     "page",
-    "quiz",
 ]
 TASKS: Final[tuple[Task, ...]] = get_args(Task)
-TEACHING_TASKS: Final[frozenset[Task]] = frozenset({"caption", "mosaic", "page", "quiz"})
+TEACHING_TASKS: Final[frozenset[Task]] = frozenset({"caption", "mosaic", "page"})
 QUESTION_TASKS: Final[tuple[Task, ...]] = tuple(task for task in TASKS if task not in TEACHING_TASKS)
 
 _PAINTERS: Final[Mapping[Task, Callable[[Generator, Dial], Item]]] = MappingProxyType(
@@ -53,7 +52,6 @@ _PAINTERS: Final[Mapping[Task, Callable[[Generator, Dial], Item]]] = MappingProx
         "caption": captions.caption,
         "mosaic": captions.mosaic,
         "page": captions.page,
-        "quiz": quiz.quiz,
     }
 )
 
@@ -124,17 +122,12 @@ class Synth(Source):
         answer = item.answer
         if settings.answer == "sentence" and task in QUESTION_TASKS:
             answer = f"The answer is {answer}."
-        turns = [
-            Turn("user", (ImageRef(Image.fromarray(item.pixels)), item.question)),
-            Turn("assistant", (answer,)),
-        ]
-        for question, answer in item.more:
-            turns += [Turn("user", (question,)), Turn("assistant", (answer,))]
+        user = Turn("user", (ImageRef(Image.fromarray(item.pixels)), item.question))
         details: dict[str, Json] = {"split": settings.split, **item.details}
         return Sample(
             id=name,
-            turns=tuple(turns),
-            target=item.more[-1][1] if item.more else item.answer,
+            turns=(user, Turn("assistant", (answer,))),
+            target=item.answer,
             task=task,
             group=name,
             meta=details,

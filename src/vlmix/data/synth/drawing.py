@@ -48,16 +48,12 @@ class Dial:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture with its question, its answer, and what is known about how it was made.
-
-    ``more`` are further questions about the same picture, with their answers, to be asked after the first.
-    """
+    """One picture with its question, its answer, and what is known about how it was made."""
 
     pixels: Pixels
     question: str
     answer: str
     details: dict[str, Json] = field(default_factory=dict[str, Json])
-    more: tuple[tuple[str, str], ...] = ()
 
 
 class Canvas:

@@ -45,12 +45,7 @@ def count(rng: Generator, dial: Dial) -> Item:
     number = int(rng.integers(1, max_count(dial) + 1))
     others = [*_near(rng, asked, 1), *_others(rng, dial.between(0, 4), lambda t: t != asked)]
     pixels = paint(rng, dial, [*[asked] * number, *others])
-    return Item(pixels, how_many(asked), str(number))
-
-
-def how_many(thing: Thing) -> str:
-    """The question after the number of one thing."""
-    return f"How many {thing}s are there?".replace("crosss", "crosses")
+    return Item(pixels, f"How many {asked}s are there?".replace("crosss", "crosses"), str(number))
 
 
 def max_count(dial: Dial) -> int:
