@@ -42,7 +42,7 @@ format: .venv/.ready ## Bring every file into shape
 	$(BIN)/ruff check --fix src tests benchmarks
 
 bench-mining: .venv/.ready ## Patch mining: what it sees more, and what the absorbed form saves
-	$(BIN)/python benchmarks/mining_cost.py --out runs/bench-mining
+	$(BIN)/python benchmarks/mining_cost.py --out runs/bench-mining/mining_cost.json
 	$(BIN)/python benchmarks/mining_claim.py --out runs/bench-mining
 
 bench-nlvr: .venv/.ready ## Human sentences: needs the NLVR data, see docs/systems/nlvr.md (up to an hour)

@@ -168,6 +168,7 @@ def main() -> None:
     }
     print(table(report))
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

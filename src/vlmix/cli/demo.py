@@ -60,4 +60,5 @@ def _ask(folder: Path, image_size: int) -> None:
         verdict = "[green]right[/]" if answer.strip() == expected else f"[red]it is {expected}[/]"
         console.print(f"  {question}  [bold]{answer}[/]  {verdict}")
     console.print(f"[bold]report[/]   {folder / 'report' / 'report.html'}")
-    console.print(f'[bold]ask on[/]   vlmix chat {folder} --image {path} "{shown.questions[0][0]}"')
+    ask_on = f'vlmix chat {folder} --image {path} "{shown.questions[0][0]}"'
+    console.print(f"[bold]ask on[/]   {ask_on}", soft_wrap=True)
