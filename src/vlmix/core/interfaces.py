@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vlmix.core.errors import CheckpointError
 from vlmix.core.initial import fan_in
 from vlmix.core.sample import Answer, Sample, Score
 from vlmix.core.settings import PartSettings
@@ -81,7 +82,7 @@ class VisionEncoder(Part):
             CheckpointError: if a tensor is missing, left over or of another shape.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} has no published weights; it got {source!r}")
+        raise CheckpointError(f"{type(self).__name__} has no published weights to load from {source!r}")
 
     def forward(self, pixel_values: Float[Tensor, "i 3 s s"]) -> FeatureMap:
         """Embed, every block, finish."""

@@ -25,8 +25,11 @@ class PartSettings(Settings):
 
     @classmethod
     def tiny(cls) -> Self:
-        """The smallest settings that still reach every branch; the conformance suite builds these."""
-        raise NotImplementedError(f"{cls.__name__} must say what its tiny version is")
+        """The smallest settings that still reach every branch; the conformance suite builds these.
+
+        Parts of the model define it. Sources and benchmarks have a ``tiny`` of their own, with a folder.
+        """
+        raise TypeError(f"{cls.__name__} does not define tiny(), so no suite can build it")
 
 
 def read_settings(cls: type[S], raw: Mapping[str, Any], where: str = "") -> S:
