@@ -2,7 +2,8 @@
 
 The recipe `mining_claim` is trained twice for each seed: as it is, and with `fusion: single` and the first
 encoder only. Both see the same rows in the same order. Printed: accuracy on small text with 95 % intervals,
-and the paired difference over the same questions.
+and the paired difference over the same questions. A seed that was trained before, in the same
+`--out` with the same settings, is only judged again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,9 +38,8 @@ def arms(seed: int, overrides: list[str]) -> dict[str, Recipe]:
 
 
 def scores_of(recipe: Recipe, folder: Path, seed: int, console: Console) -> list[Score]:
-    """Train, judge, and return the scores with ids and groups that tell seeds apart."""
-    shutil.rmtree(folder, ignore_errors=True)
-    run_recipe(recipe, folder, console=console)
+    """Train or go on training, judge, and return the scores with ids and groups that tell seeds apart."""
+    run_recipe(recipe, folder, resume=folder.exists(), console=console)
     asked = [(open_benchmark(judged.benchmark), judged.limit) for judged in recipe.evals]
     scores = [score for result in judge(folder, asked) for score in result.model.scores]
     return [replace(s, sample_id=f"{seed}/{s.sample_id}", group=f"{seed}/{s.sample_id}") for s in scores]
@@ -49,14 +48,14 @@ def scores_of(recipe: Recipe, folder: Path, seed: int, console: Console) -> list
 def main() -> None:
     """Run every seed and both arms; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench-mining"))
     parser.add_argument("overrides", nargs="*", help="recipe settings to change, as key.path=value")
     given = parser.parse_args()
     console = Console()
     scores: dict[str, list[Score]] = {"single": [], "patch_mining": []}
     rows = []
-    for seed in range(given.seeds):
+    for seed in given.seeds:
         for name, recipe in arms(seed, given.overrides).items():
             found = scores_of(recipe, given.out / f"{name}-{seed}", seed, console)
             scores[name] += found

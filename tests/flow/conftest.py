@@ -1,0 +1,12 @@
+"""Runs that several files look at."""
+
+import pytest
+
+from tests.runs import recipe, train
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, train(recipe(), out)

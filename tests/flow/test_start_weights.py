@@ -1,0 +1,77 @@
+"""Where a run begins: other runs, published weights, tokenizers that lack tokens."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.runs import LANGUAGE, TINY, one_stage, recipe, stage, synth, train
+from vlmix.core.errors import (
+    CheckpointError,
+    RecipeError,
+)
+from vlmix.train.build import build
+from vlmix.train.checkpoint import unique_tensors
+
+pytestmark = pytest.mark.flow
+
+
+def test_a_stage_may_start_from_another_model(whole, tmp_path):
+    kept = {**TINY["model"], "tokenizer": {"weights": str(whole[0] / "model")}}
+    only = stage("a", {"projector.*": 1e-9}, synth("colour"), steps=1, start_from=str(whole[0] / "model"))
+    train(recipe(model=kept, stages=[only]), tmp_path / "run")
+    ours = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    theirs = load_file(whole[0] / "model" / "model.safetensors")
+    assert all(torch.allclose(ours[name], tensor, atol=1e-6) for name, tensor in theirs.items())
+    with pytest.raises(CheckpointError, match=r"start_from: .* has no config"):
+        train(one_stage(start_from=str(tmp_path)), tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(CheckpointError, match="do not fit"):  # another tokenizer, another size
+        train(one_stage(start_from=str(whole[0] / "model")), tmp_path / "other")
+
+
+def test_published_weights_are_loaded_where_the_recipe_names_them(tmp_path):
+    source = build(one_stage())
+    source.model.model.language_model.save_pretrained(tmp_path / "words")
+    source.processor.tokenizer.save_pretrained(tmp_path / "words")
+    source.model.model.encoders[0].tower.save_pretrained(tmp_path / "eye")
+    words, eye = {"weights": str(tmp_path / "words")}, {"weights": str(tmp_path / "eye")}
+    first, second = TINY["model"]["encoders"]
+    parts = {"language_model": words, "tokenizer": words, "encoders": [{**first, **eye}, second]}
+    built = build(recipe(seed=5, model={**TINY["model"], **parts}))
+    ours, theirs = unique_tensors(built.model), unique_tensors(source.model)
+    equal = {name for name, tensor in ours.items() if torch.equal(tensor, theirs[name])}
+    assert {name for name in ours if name.startswith(("model.language_model.", "model.encoders.0."))} <= equal
+    assert "model.projector.linear.weight" not in equal
+    assert "weights" not in built.model.config.encoders[0]
+    late = [
+        stage(
+            "a", {"*": 1e-9}, synth("colour"), steps=1, before=[{"kind": "load_encoder", "encoder": 0, **eye}]
+        )
+    ]
+    train(recipe(seed=5, stages=late), tmp_path / "run")
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    name = next(name for name in ours if name.startswith("model.encoders.0.") and theirs[name].std() > 0)
+    assert torch.allclose(trained[name], theirs[name], atol=1e-6)
+
+
+def test_a_language_model_gets_rows_for_tokens_its_tokenizer_lacked(tmp_path):
+    bare = Tokenizer(WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    bare.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="b", unk_token="[UNK]").save_pretrained(tmp_path)
+    published = LlamaForCausalLM(LlamaConfig(**{**LANGUAGE, "vocab_size": 3}))
+    published.save_pretrained(tmp_path)
+    weights = {"weights": str(tmp_path)}
+    built = build(recipe(model={**TINY["model"], "language_model": weights, "tokenizer": weights}))
+    rows = built.model.get_input_embeddings().weight
+    assert built.processor.tokenizer.pad_token_id < rows.shape[0] == built.model.config.language.vocab_size
+    assert torch.equal(rows[:3], published.get_input_embeddings().weight)
+
+
+def test_a_language_model_smaller_than_its_tokenizer_is_refused(tmp_path):
+    model = {**TINY["model"], "language_model": {**LANGUAGE, "vocab_size": 5}}
+    with pytest.raises(RecipeError, match="5 is less than the tokenizer's"):
+        train(recipe(model=model), tmp_path / "run")
