@@ -27,7 +27,8 @@ class BoxesSettings(PartSettings):
     A scene has ``turns`` questions, so that its pictures are seen once for all of them. A question is a
     count with the chance ``counts``, else a statement to judge; with the chance ``describe`` the last one
     asks for a description of all boxes. ``towers`` is the share of scenes with towers, ``typo`` the chance
-    of a slip in a statement. ``boxes`` shows three pictures instead of one wide one.
+    of a slip in a statement. ``boxes`` shows three pictures instead of one wide one. ``alone`` is the share
+    of scenes with one box only, to learn to see from; about those everything but the description is a count.
     """
 
     kind: Literal["boxes"] = "boxes"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -39,12 +40,13 @@ class BoxesSettings(PartSettings):
     towers: float = Field(default=0.6, ge=0, le=1)
     typo: float = Field(default=0.06, ge=0, le=1)
     boxes: bool = True
+    alone: float = Field(default=0.0, ge=0, le=1)
     question: str = "{sentence}"
 
     @classmethod
     def tiny(cls) -> Self:
         """Six scenes with every kind of question."""
-        return cls(size=6, turns=3, counts=0.4, describe=0.5)
+        return cls(size=6, turns=3, counts=0.4, describe=0.5, alone=0.3)
 
 
 @SOURCES.register("boxes")
@@ -68,6 +70,8 @@ class Boxes(Source):
             raise IndexError(f"row {index} of a set of {self.settings.size}")
         rng, name = Random(f"{self.settings.seed} {index}"), f"boxes-{self.settings.seed}-{index}"
         scene = draw_scene(rng, towers=rng.random() < self.settings.towers)
+        if rng.random() < self.settings.alone:
+            scene = Scene(scene.boxes[:1], scene.towers)
         turns = list[Turn]()
         for number, (question, answer) in enumerate(self._questions(rng, scene)):
             images = self._images(scene) if number == 0 else ()
@@ -86,7 +90,8 @@ class Boxes(Source):
         return Balance()
 
     def _images(self, scene: Scene) -> tuple[ImageRef, ...]:
-        pixels = [paint_box(box) for box in scene.boxes] if self.settings.boxes else [paint_scene(scene)]
+        apart = self.settings.boxes or len(scene.boxes) == 1
+        pixels = [paint_box(box) for box in scene.boxes] if apart else [paint_scene(scene)]
         return tuple(ImageRef(Image.fromarray(one)) for one in pixels)
 
     def _questions(self, rng: Random, scene: Scene) -> list[tuple[str, str]]:
@@ -96,7 +101,7 @@ class Boxes(Source):
         return [*asked, (DESCRIBE, describe(scene))] if describes else asked
 
     def _question(self, rng: Random, scene: Scene) -> tuple[str, str]:
-        if rng.random() < self.settings.counts:
+        if len(scene.boxes) == 1 or rng.random() < self.settings.counts:
             return count_question(rng, scene)
         sentence, truth = self._balance.draw(rng, scene)
         typed = as_typed(rng, sentence, self.settings.typo)
