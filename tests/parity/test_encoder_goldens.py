@@ -32,7 +32,7 @@ def canonical(normalised):
     return normalised * std + mean
 
 
-def agree(found, golden):
+def assert_agree(found, golden):
     torch.testing.assert_close(found, golden, atol=5e-5, rtol=0)
 
 
@@ -43,11 +43,11 @@ def test_mini_gemini_towers_agree_with_the_authors_code():
     clip = ClipSettings(image_size=56, patch_size=14, width=48, layers=4, heads=4, mlp=96, resize="bilinear")
     low = build(clip)
     low.load_weights(str(folder / "OpenAI" / "clip-vit-tiny-patch14-56"))
-    agree(low(pixels).tokens, golden["vision_tower.features"])
+    assert_agree(low(pixels).tokens, golden["vision_tower.features"])
     convnext = ConvnextSettings(image_size=64, depths=(1, 1, 2, 1), widths=(16, 24, 32, 48))
     high = build(convnext)
     high.load_weights(str(folder / "OpenAI" / "openclip-convnext-large-d-320-tiny"))
-    agree(high(pixels).to_nchw(), golden["vision_tower_aux.features"])
+    assert_agree(high(pixels).to_nchw(), golden["vision_tower_aux.features"])
 
 
 def test_eagle_towers_and_channel_concat_agree_with_the_authors_code():
@@ -87,9 +87,9 @@ def test_eagle_towers_and_channel_concat_agree_with_the_authors_code():
     ours = convnext.tower.state_dict()
     trunk = {k: v for k, v in tower(1).items() if not k.startswith("head.")}
     convnext.tower.load_state_dict({k: trunk.get(k, trunk.get(k.replace("gamma", "weight"))) for k in ours})
-    agree(encoder_input(pixels, clip.settings, torch.float32), golden["encoder.clip.input"])
-    agree(clip(pixels).tokens, golden["encoder.clip-448.out"])
-    agree(convnext(pixels).tokens, golden["encoder.convnext-1024.out"])
+    assert_agree(encoder_input(pixels, clip.settings, torch.float32), golden["encoder.clip.input"])
+    assert_agree(clip(pixels).tokens, golden["encoder.clip-448.out"])
+    assert_agree(convnext(pixels).tokens, golden["encoder.convnext-1024.out"])
     concat = ChannelConcatSettings(grid=(8, 8), resampling="bilinear_corners")
     fused = FUSIONS.get("channel_concat")(concat, [clip.spec, convnext.spec])
-    agree(fused([clip, convnext], pixels).tokens, golden["fused_features"])
+    assert_agree(fused([clip, convnext], pixels).tokens, golden["fused_features"])
