@@ -147,6 +147,16 @@ def test_rows_are_functions_of_seed_and_index() -> None:
         forward[40]
 
 
+def test_a_box_alone_is_counted_and_described() -> None:
+    alone = Boxes(BoxesSettings(size=20, turns=3, counts=0.0, describe=1.0, alone=1.0))
+    for sample in alone:
+        assert len(sample.images) == 1
+        *counts, description = (turn.text for turn in sample.turns if turn.role == "assistant")
+        assert all(count.isdigit() for count in counts)
+        assert description
+        assert ";" not in description  # which parts boxes
+
+
 def test_settings_are_strict() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'towers'"):
         read_part(SOURCES, {"kind": "boxes", "tower": 0.5})
