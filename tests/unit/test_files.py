@@ -196,3 +196,11 @@ def test_one_owner_and_a_dead_owner_does_not_block(tmp_path):
     owner.join()
     with files.run_lock(tmp_path / "run"):
         assert f"process {os.getpid()} " in (tmp_path / "run" / files.LOCK).read_text()
+
+
+def test_a_run_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(InputError, match=r"taken.* cannot be used as a folder"), files.run_lock(folder):
+            pass
+    assert (tmp_path / "taken").read_text() == "a file"

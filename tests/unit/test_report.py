@@ -114,6 +114,19 @@ def test_the_same_answers_give_the_same_bytes_whatever_the_batch_or_the_clock(tm
     assert first["timing.json"] != again["timing.json"]
 
 
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
+    result = judged()
+    write_report(tmp_path / "report", "old", [result])
+    write_report(tmp_path / "report", "new", [result])
+    assert json.loads((tmp_path / "report" / "results.json").read_text())["title"] == "new"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    for taken in (tmp_path / "thesis", tmp_path / "thesis" / "chapter.txt"):
+        with pytest.raises(InputError, match="exists and is not a report"):
+            write_report(taken, "title", [result])
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
 def test_results_say_what_was_measured_against_what_and_how(tmp_path):
     result = judged(decoding=Decoding(max_new_tokens=7), seed=5)
     write_report(tmp_path / "report", "title", [result], notes=["quarantined: 2 of 30 rows"])

@@ -31,13 +31,13 @@ def evaluate(
 
     from vlmix.cli.flow import judge, open_benchmark
     from vlmix.core.sample import Decoding
-    from vlmix.evals.report import write_report
+    from vlmix.evals.report import check_report_folder, write_report
     from vlmix.models.loading import model_folder
 
-    folder = model_folder(model)
+    folder, target = model_folder(model), out_dir or model / f"report-{'-'.join(names)}"
+    check_report_folder(target)
     benchmarks = [(open_benchmark(raw), limit) for raw in raws]
     results = judge(folder, benchmarks, Decoding(batch_size=batch_size))
-    target = out_dir or model / f"report-{'-'.join(names)}"
     write_report(target, f"{model} on {', '.join(names)}", results)
     show_results(results)
     out().print(f"report  {target / 'report.html'}")

@@ -215,12 +215,16 @@ def run_lock(folder: Path) -> Generator[None]:
     The system frees the lock when its owner dies, however it dies, so a lock left behind never blocks.
 
     Raises:
+        InputError: if no folder can be made or written there.
         RunLockedError: if another process owns it; names that process and machine.
 
     """
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(folder / LOCK)
+    try:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = _acquire(folder / LOCK)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be used as a folder: {error.strerror}. Choose another") from None
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -235,8 +239,7 @@ def run_lock(folder: Path) -> Generator[None]:
 def _acquire(path: Path) -> int:
     """Open and lock the file; opened anew if its last owner removed it in between."""
     while True:
-        with storage_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

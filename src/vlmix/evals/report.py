@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vlmix.core.errors import InputError
 from vlmix.core.files import publish, write_json, write_text
 from vlmix.evals.controls import majority_answer, majority_by_task, question_of, targets_of
 from vlmix.evals.curves import Curve, read_curves
@@ -19,10 +20,26 @@ from vlmix.evals.rendering import render_page
 from vlmix.evals.run import EvalResult, Outcome
 from vlmix.evals.statistics import Interval
 
-__all__ = ["SCHEMA", "Curve", "as_json", "read_curves", "write_report"]
+__all__ = ["SCHEMA", "Curve", "as_json", "check_report_folder", "read_curves", "write_report"]
 
 SCHEMA = "vlmix.results/1"
+_RESULTS = "results.json"
 _DIGITS = 6
+
+
+def check_report_folder(folder: Path) -> None:
+    """Refuse to put a report where it would replace anything but an older report.
+
+    Raises:
+        InputError: if there is a file, or a folder that holds something else.
+
+    """
+    if not folder.exists() or (folder / _RESULTS).is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise InputError(
+            f"{folder} exists and is not a report: a report replaces its whole folder. Choose a new one"
+        )
 
 
 def write_report(
@@ -41,9 +58,11 @@ def write_report(
     number of answers shown with their pictures for each benchmark.
 
     Raises:
+        InputError: if ``folder`` holds something that is not a report.
         DiskFullError: if there is no room; an older report is then unchanged.
 
     """
+    check_report_folder(folder)
     page = render_page(title, results, curves=curves, recipe_text=recipe_text, notes=notes, gallery=gallery)
     found = {
         "schema": SCHEMA,
@@ -52,7 +71,7 @@ def write_report(
         "results": [as_json(result) for result in results],
     }
     with publish(folder) as temporary:
-        write_json(temporary / "results.json", found)
+        write_json(temporary / _RESULTS, found)
         write_text(temporary / "answers.jsonl", "".join(map(_answer_lines, results)))
         write_json(temporary / "timing.json", {result.benchmark: _timing(result) for result in results})
         write_text(temporary / "report.html", page)
