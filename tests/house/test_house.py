@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -173,3 +174,23 @@ def test_shipped_recipes_name_parts_that_exist():
         check_parts(recipe)
         assert yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
         assert importlib.import_module("vlmix.train.build").recipe_config(recipe).image_seq_length > 0
+
+
+def test_commands_shown_in_documents_name_recipes_and_keys_that_exist(tmp_path, monkeypatch):
+    from vlmix.train.build import check_parts
+    from vlmix.train.recipe_file import load_recipe
+
+    pages = [
+        path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    ]
+    recipe = re.findall(r"```yaml\n(name: two_eyes\n.*?)```", pages[0], re.S)[0]
+    (tmp_path / "two_eyes.yaml").write_text(recipe, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        shlex.split(command.replace("\\\n", " "), comments=True)[2:]
+        for page in pages
+        for command in re.findall(r"^vlmix (?:train|plan) (?:.*\\\n)*.*$", page, re.M)
+    ]
+    assert len(commands) >= 4
+    for name, *arguments in commands:
+        check_parts(load_recipe(name, [word for word in arguments if "=" in word]))

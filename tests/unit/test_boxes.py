@@ -157,6 +157,18 @@ def test_a_box_alone_is_counted_and_described() -> None:
         assert ";" not in description  # which parts boxes
 
 
+def test_counts_box_by_box_add_up_to_the_count_of_all() -> None:
+    settings = BoxesSettings(size=40, turns=4, counts=1.0, describe=0.0)
+    together, apart = (Boxes(settings.model_copy(update={"each": share})) for share in (0.0, 1.0))
+    for whole, parts in zip(together, apart, strict=True):
+        for said, answered in zip(whole.turns, parts.turns, strict=True):
+            if said.role == "user":
+                assert f"Box by box: {said.text}" == answered.text
+            else:
+                numbers = [int(number) for number in answered.text.split()]
+                assert (len(numbers), sum(numbers)) == (3, int(said.text))
+
+
 def test_settings_are_strict() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'towers'"):
         read_part(SOURCES, {"kind": "boxes", "tower": 0.5})

@@ -18,14 +18,17 @@ def describe(scene: Scene) -> str:
     return "; ".join(_tower(box) if scene.towers else _items(box) for box in scene.boxes)
 
 
-def count_question(rng: Random, scene: Scene) -> tuple[str, str]:
-    """``How many …?`` and the number, zero no more often than it must."""
-    for _ in range(3):
-        thing = _thing(rng, scene)
-        if thing.count(scene) > 0 or rng.random() < 0.3:
-            return how_many(thing), str(thing.count(scene))
+def count_question(rng: Random, scene: Scene, each: bool) -> tuple[str, str]:
+    """``How many …?`` and the number, zero no more often than it must; with ``each`` one number per box."""
     thing = _thing(rng, scene)
-    return how_many(thing), str(thing.count(scene))
+    for _ in range(3):
+        if thing.count(scene) > 0 or rng.random() < 0.3:
+            break
+        thing = _thing(rng, scene)
+    if not each:
+        return how_many(thing), str(thing.count(scene))
+    alone = (Scene((box,), scene.towers) for box in scene.boxes)
+    return f"Box by box: {how_many(thing)}", " ".join(str(thing.count(one)) for one in alone)
 
 
 def _thing(rng: Random, scene: Scene) -> Countable:

@@ -26,9 +26,10 @@ class BoxesSettings(PartSettings):
 
     A scene has ``turns`` questions, so that its pictures are seen once for all of them. A question is a
     count with the chance ``counts``, else a statement to judge; with the chance ``describe`` the last one
-    asks for a description of all boxes. ``towers`` is the share of scenes with towers, ``typo`` the chance
-    of a slip in a statement. ``boxes`` shows three pictures instead of one wide one. ``alone`` is the share
-    of scenes with one box only, to learn to see from; about those everything but the description is a count.
+    asks for a description of all boxes. The share ``each`` of the counts asks for one number per box.
+    ``towers`` is the share of scenes with towers, ``typo`` the chance of a slip in a statement. ``boxes``
+    shows three pictures instead of one wide one. ``alone`` is the share of scenes with one box only, to
+    learn to see from; about those everything but the description is a count.
     """
 
     kind: Literal["boxes"] = "boxes"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -36,6 +37,7 @@ class BoxesSettings(PartSettings):
     seed: int = Field(default=0, ge=0)
     turns: int = Field(default=8, ge=1)
     counts: float = Field(default=0.1, ge=0, le=1)
+    each: float = Field(default=0.0, ge=0, le=1)
     describe: float = Field(default=0.1, ge=0, le=1)
     towers: float = Field(default=0.6, ge=0, le=1)
     typo: float = Field(default=0.06, ge=0, le=1)
@@ -46,7 +48,7 @@ class BoxesSettings(PartSettings):
     @classmethod
     def tiny(cls) -> Self:
         """Six scenes with every kind of question."""
-        return cls(size=6, turns=3, counts=0.4, describe=0.5, alone=0.3)
+        return cls(size=6, turns=3, counts=0.4, each=0.5, describe=0.5, alone=0.3)
 
 
 @SOURCES.register("boxes")
@@ -102,7 +104,8 @@ class Boxes(Source):
 
     def _question(self, rng: Random, scene: Scene) -> tuple[str, str]:
         if len(scene.boxes) == 1 or rng.random() < self.settings.counts:
-            return count_question(rng, scene)
+            each = len(scene.boxes) > 1 and rng.random() < self.settings.each
+            return count_question(rng, scene, each)
         sentence, truth = self._balance.draw(rng, scene)
         typed = as_typed(rng, sentence, self.settings.typo)
         return self.settings.question.format(sentence=typed), "true" if truth else "false"
