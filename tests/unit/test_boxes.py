@@ -147,14 +147,17 @@ def test_rows_are_functions_of_seed_and_index() -> None:
         forward[40]
 
 
-def test_a_box_alone_is_counted_and_described() -> None:
-    alone = Boxes(BoxesSettings(size=20, turns=3, counts=0.0, describe=1.0, alone=1.0))
+def test_a_box_alone_is_counted_judged_and_described() -> None:
+    alone = Boxes(BoxesSettings(size=20, turns=3, counts=0.5, each=1.0, describe=1.0, alone=1.0))
+    answers = set[str]()
     for sample in alone:
         assert len(sample.images) == 1
-        *counts, description = (turn.text for turn in sample.turns if turn.role == "assistant")
-        assert all(count.isdigit() for count in counts)
+        *said, description = (turn.text for turn in sample.turns if turn.role == "assistant")
+        assert all(answer.isdigit() or answer in {"true", "false"} for answer in said)
+        answers.update(said)
         assert description
         assert ";" not in description  # which parts boxes
+    assert {"true", "false", "0", "1"} < answers
 
 
 def test_counts_box_by_box_add_up_to_the_count_of_all() -> None:

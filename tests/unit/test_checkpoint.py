@@ -23,22 +23,23 @@ class Toy(nn.Module):
         super().__init__()
         self.words = nn.Embedding(5, 3)
         self.norm = nn.BatchNorm1d(3)
+        self.middle = nn.Linear(3, 3, bias=False)
         self.head = nn.Linear(3, 5, bias=False)
         self.head.weight = self.words.weight
         self.register_buffer("scratch", torch.ones(2), persistent=False)
 
     def forward(self, ids):
-        return self.head(self.norm(self.words(ids)) * torch.rand(3))
+        return self.head(self.middle(self.norm(self.words(ids))) * torch.rand(3))
 
 
 class Session:
     """A model in training with everything a checkpoint has to keep."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, kind="adamw"):
         torch.manual_seed(seed)
         self.model = Toy()
         self.chosen = select(self.model, {"*": 1e-2})
-        self.optimizer = build_optimizer(self.chosen, OptimizerSettings())
+        self.optimizer = build_optimizer(self.chosen, OptimizerSettings(kind=kind), self.model)
 
     def step(self):
         self.optimizer.zero_grad()
@@ -67,10 +68,11 @@ class Session:
         return self
 
 
-def test_weights_buffers_optimizer_and_randomness_come_back_bit_for_bit(tmp_path):
-    one = Session(1).step().step()
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weights_buffers_optimizer_and_randomness_come_back_bit_for_bit(tmp_path, kind):
+    one = Session(1, kind).step().step()
     folder = one.save(tmp_path, 2)
-    two = Session(2).step().load(folder)
+    two = Session(2, kind).step().load(folder)
     assert two.model.head.weight is two.model.words.weight
     for _ in range(3):
         one_state, two_state = torch.get_rng_state(), None
@@ -83,6 +85,7 @@ def test_weights_buffers_optimizer_and_randomness_come_back_bit_for_bit(tmp_path
         assert torch.equal(tensor, two.model.state_dict()[name]), name
     assert set(load_file(folder / "model.safetensors")) == {
         "words.weight",
+        "middle.weight",
         "norm.weight",
         "norm.bias",
         "norm.running_mean",
@@ -142,7 +145,7 @@ def test_nothing_there_is_none_and_nothing_whole_is_an_error(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     folder = Session(0).step().save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"1 tensors missing \['weight'\].*6 left over"):
+    with pytest.raises(CheckpointError, match=r"1 tensors missing \['weight'\].*7 left over"):
         checkpoint.load_weights(folder, nn.Linear(3, 5, bias=False))
     tensors = load_file(folder / "model.safetensors")
     other = tmp_path / "other"
@@ -156,7 +159,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in session.model.state_dict().items())
     narrow = Session(0)
     narrow.chosen = select(narrow.model, {"norm.*": 1e-3})
-    with pytest.raises(CheckpointError, match=r"words\.weight.*does not train"):
+    with pytest.raises(CheckpointError, match=r"middle\.weight.*does not train"):
         checkpoint.load_optimizer(folder, narrow.chosen.parameters, narrow.optimizer)
 
 

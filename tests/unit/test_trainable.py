@@ -113,13 +113,42 @@ def test_the_table_shows_every_row():
 
 def test_only_matrices_are_decayed_and_rates_follow_the_factor():
     chosen = select(Toy(), {"*": 1e-2, "head.*": 1e-3})
-    optimizer = build_optimizer(chosen, OptimizerSettings(weight_decay=0.1, betas=(0.8, 0.95)))
+    optimizer = build_optimizer(chosen, OptimizerSettings(weight_decay=0.1, betas=(0.8, 0.95)), nn.Module())
     for group, expected in zip(optimizer.param_groups, chosen.groups, strict=True):
         assert group["weight_decay"] == (0.1 if expected.decay else 0.0)
         assert all((parameter.ndim > 1) == expected.decay for parameter in group["params"])
         assert group["betas"] == (0.8, 0.95)
-    assert set_rates(optimizer, chosen, 0.5) == {"*": 5e-3, "head.*": 5e-4}
+    assert set_rates(optimizer, 0.5) == {"*": 5e-3, "head.*": 5e-4}
     assert {group["lr"] for group in optimizer.param_groups} == {5e-3, 5e-4}
+
+
+def test_muon_takes_the_matrices_inside_and_adamw_the_rest():
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    chosen = select(model, {"*": 1e-2, "layers.*": 1e-3})
+    optimizer = build_optimizer(chosen, OptimizerSettings(kind="muon"), model)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices = {
+        named[id(p)] for group in optimizer.param_groups if group["matrices"] for p in group["params"]
+    }
+    assert matrices == {
+        name for name in named.values() if ".layers." in name and name.endswith("proj.weight")
+    }
+    every = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(every) == sorted(named)
+    assert set_rates(optimizer, 0.5) == {"*": 5e-3, "layers.*": 5e-4}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.arange(11)[None], labels=torch.arange(11)[None]).loss.backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        change = (parameter - before[name]).detach()
+        rate = 5e-4 if ".layers." in name else 5e-3
+        if name in matrices:  # moved by the size AdamW's updates usually have
+            assert 0.1 * rate < change.square().mean().sqrt() < 0.4 * rate
+        else:
+            assert change.abs().max() <= 1.01 * rate
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

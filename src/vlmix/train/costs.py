@@ -25,8 +25,9 @@ _FLOAT32 = 4
 class StageCost:
     """One stage. Bytes are for one process; ``steps`` is ``None`` where its data is not here to be counted.
 
-    Weights, gradients and the optimizer's two moments are float32, as vlmix trains them; activations are
-    in the stage's precision, for one micro-batch, without checkpointing.
+    Weights, gradients and the optimizer's two moments are float32, as vlmix trains them (with Muon, which
+    keeps one moment of a matrix, it is less); activations are in the stage's precision, for one micro-batch,
+    without checkpointing.
     """
 
     name: str

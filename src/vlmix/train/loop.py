@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -47,7 +47,7 @@ class StageLoop:
     stage: Stage
     model: PreTrainedModel
     selection: Selection
-    optimizer: AdamW
+    optimizer: Optimizer
     loader: Loader
     ledger: Ledger
     sinks: Sequence[Sink]
@@ -90,7 +90,7 @@ class StageLoop:
         )
 
     def _train(self, step: int, data: StepData) -> tuple[Outcome, Mapping[str, float]]:
-        rates = set_rates(self.optimizer, self.selection, rate_factor(self.stage.schedule, step, self.steps))
+        rates = set_rates(self.optimizer, rate_factor(self.stage.schedule, step, self.steps))
         try:
             return self._update(step, data), rates
         except (torch.OutOfMemoryError, MemoryError) as error:

@@ -1,34 +1,41 @@
-"""AdamW over a stage's groups, and learning rates as a pure function of the step."""
+"""A stage's optimizer over its groups, and learning rates as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 
-from torch.optim import AdamW
+from torch import nn
+from torch.optim import AdamW, Optimizer
 
+from vlmix.train.muon import MuonWithAdamW
 from vlmix.train.recipe import OptimizerSettings, ScheduleSettings
 from vlmix.train.trainable import Selection
 
 
-def build_optimizer(selection: Selection, settings: OptimizerSettings) -> AdamW:
-    """AdamW with one group for each of the selection's groups, in their order."""
+def build_optimizer(selection: Selection, settings: OptimizerSettings, model: nn.Module) -> Optimizer:
+    """The optimizer a stage asks for; every group knows its glob and its peak learning rate."""
     groups = [
         {
             "params": list(group.parameters.values()),
             "lr": group.learning_rate,
+            "peak": group.learning_rate,
+            "pattern": group.pattern,
             "weight_decay": settings.weight_decay if group.decay else 0.0,
         }
         for group in selection.groups
     ]
+    if settings.kind == "muon":
+        return MuonWithAdamW(
+            groups, model, momentum=settings.momentum, betas=settings.betas, eps=settings.eps
+        )
     return AdamW(groups, betas=settings.betas, eps=settings.eps)
 
 
-def set_rates(optimizer: AdamW, selection: Selection, factor: float) -> dict[str, float]:
+def set_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
     """Set every group's learning rate to ``factor`` times its peak, and return the rates by glob."""
-    rates: dict[str, float] = {}
-    for group, chosen in zip(optimizer.param_groups, selection.groups, strict=True):
-        group["lr"] = rates[chosen.pattern] = chosen.learning_rate * factor
-    return rates
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return {group["pattern"]: group["lr"] for group in optimizer.param_groups}
 
 
 def warmup_steps(settings: ScheduleSettings, steps: int) -> int:

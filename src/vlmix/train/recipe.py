@@ -77,10 +77,15 @@ class DataSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW; norms, biases and other one-dimensional weights are never decayed."""
+    """AdamW, or Muon for the matrices inside the network and AdamW for the rest.
 
-    kind: Literal["adamw"] = "adamw"
+    Norms, biases and other one-dimensional weights are never decayed. ``momentum`` is Muon's; Muon takes
+    the learning rates that AdamW would.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
     betas: tuple[Share, Share] = (0.9, 0.999)
+    momentum: Share = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
 

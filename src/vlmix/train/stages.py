@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from vlmix.core.errors import CheckpointError, InterruptedRunError
 from vlmix.core.interfaces import Source
@@ -103,7 +103,7 @@ class Stages:
         model.zero_grad(set_to_none=True)
         selection = select(model, stage.train)
         self.console.print(table(selection, stage.name))
-        optimizer = build_optimizer(selection, stage.optimizer)
+        optimizer = build_optimizer(selection, stage.optimizer, model)
         if found is not None:
             checkpoint.load_optimizer(found.folder, selection.parameters, optimizer)
         first_step = found.state.step if found is not None else 0
@@ -201,7 +201,7 @@ class _Trained:
     """What a stage trains, and with what."""
 
     selection: Selection
-    optimizer: AdamW
+    optimizer: Optimizer
 
 
 def stage_order(recipe: Recipe, index: int, sources: Sequence[Source]) -> DataOrder:

@@ -24,34 +24,34 @@ def draw_statement(rng: Random, towers: bool) -> Statement:
 class Balance:
     """Accepts a statement for a scene with the chance that makes both labels equally likely for its text.
 
-    The share of scenes a sentence is true of is measured once on a fixed pool and remembered; it depends
-    on the sentence alone, so the answer does not depend on the order of the questions.
+    The share of scenes a sentence is true of is measured once, on a fixed pool of scenes with as many boxes,
+    and remembered; it depends on nothing else, so the answer does not depend on the order of the questions.
     """
 
     def __init__(self) -> None:
-        self._pools = {towers: _pool(towers) for towers in (False, True)}
-        self._share = dict[tuple[bool, str], float]()
+        self._share = dict[tuple[bool, int, str], float]()
 
     def draw(self, rng: Random, scene: Scene) -> tuple[str, bool]:
         """A sentence about ``scene`` and whether it is true."""
         while True:
             statement = draw_statement(rng, scene.towers)
-            truth, share = statement.truth(scene), self._true_share(statement, scene.towers)
+            truth, share = statement.truth(scene), self._true_share(statement, scene)
             if not _RAREST <= share <= 1 - _RAREST:
                 continue
             odds = (1 - share) / share
             if rng.random() < (odds if truth else 1 / odds):
                 return statement.text, truth
 
-    def _true_share(self, statement: Statement, towers: bool) -> float:
-        key = (towers, statement.text)
+    def _true_share(self, statement: Statement, scene: Scene) -> float:
+        key = (scene.towers, len(scene.boxes), statement.text)
         if key not in self._share:
-            pool = self._pools[towers]
+            pool = _pool(scene.towers, len(scene.boxes))
             self._share[key] = sum(map(statement.truth, pool)) / len(pool)
         return self._share[key]
 
 
 @lru_cache
-def _pool(towers: bool) -> tuple[Scene, ...]:
+def _pool(towers: bool, boxes: int) -> tuple[Scene, ...]:
     rng = Random(f"pool {towers}")
-    return tuple(draw_scene(rng, towers) for _ in range(_POOL))
+    drawn = (draw_scene(rng, towers) for _ in range(_POOL))
+    return tuple(Scene(scene.boxes[:boxes], towers) for scene in drawn)

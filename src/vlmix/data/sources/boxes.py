@@ -29,7 +29,7 @@ class BoxesSettings(PartSettings):
     asks for a description of all boxes. The share ``each`` of the counts asks for one number per box.
     ``towers`` is the share of scenes with towers, ``typo`` the chance of a slip in a statement. ``boxes``
     shows three pictures instead of one wide one. ``alone`` is the share of scenes with one box only, to
-    learn to see from; about those everything but the description is a count.
+    learn to see from.
     """
 
     kind: Literal["boxes"] = "boxes"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -103,7 +103,7 @@ class Boxes(Source):
         return [*asked, (DESCRIBE, describe(scene))] if describes else asked
 
     def _question(self, rng: Random, scene: Scene) -> tuple[str, str]:
-        if len(scene.boxes) == 1 or rng.random() < self.settings.counts:
+        if rng.random() < self.settings.counts:
             each = len(scene.boxes) > 1 and rng.random() < self.settings.each
             return count_question(rng, scene, each)
         sentence, truth = self._balance.draw(rng, scene)
