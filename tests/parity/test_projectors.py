@@ -11,7 +11,7 @@ from transformers.models.internvl.modeling_internvl import InternVLModel
 from vlmix.core.errors import PlanError
 from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.projectors.mlp import MlpProjector, MlpSettings
-from vlmix.projectors.pixel_shuffle import PixelShuffle, PixelShuffleSettings, join_neighbours
+from vlmix.projectors.pixel_shuffle import PixelShuffle, PixelShuffleSettings
 
 pytestmark = pytest.mark.parity
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.parity
 def test_pixel_shuffle_orders_channels_as_its_models_do(factor):
     x_IHWC = torch.randn(2, 6, 6, 5)
     features, grid = FeatureMap(x_IHWC.flatten(1, 2), (6, 6)), (6 // factor, 6 // factor)
-    token_major = join_neighbours(features, grid, "token_major").tokens
+    token_major = features.joined(grid, "token_major").tokens
     idefics = Idefics3Connector.pixel_shuffle(None, features.tokens, factor)
     assert torch.equal(token_major, idefics)
     if factor == 2:
         assert torch.equal(token_major, InternVLModel.pixel_shuffle(None, x_IHWC, 0.5).flatten(1, 2))
     unshuffled = F.pixel_unshuffle(features.to_nchw(), factor)
-    channel_major = join_neighbours(features, grid, "channel_major").tokens
+    channel_major = features.joined(grid, "channel_major").tokens
     assert torch.equal(channel_major, FeatureMap.from_nchw(unshuffled).tokens)
     unfolded = F.unfold(features.to_nchw(), factor, stride=factor).mT
     assert torch.equal(channel_major, unfolded)
@@ -35,7 +35,7 @@ def test_pixel_shuffle_orders_channels_as_its_models_do(factor):
 def test_pixel_shuffle_joins_neighbours_of_a_grid_that_is_not_square():
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
     features = FeatureMap(torch.stack([rows, columns], -1).flatten(0, 1)[None], (4, 6))
-    joined = join_neighbours(features, (2, 3), "token_major").tokens[0, 4]
+    joined = features.joined((2, 3), "token_major").tokens[0, 4]
     assert joined.unflatten(0, (4, 2)).tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
 
 

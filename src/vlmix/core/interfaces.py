@@ -51,12 +51,23 @@ class VisionEncoder(Part):
 
     def __init__(self, settings: Any) -> None:
         super().__init__()
-        self.spec = self.plan(settings)
+        self.spec, self.resample = self.plan(settings), settings.resample
+
+    @classmethod
+    def promise(cls, settings: Any) -> VisionSpec:
+        """What ``forward`` will give for one image: the map of ``plan``, resampled where the settings say so.
+
+        Raises:
+            PlanError: if the settings cannot work together.
+
+        """
+        spec = cls.plan(settings)
+        return spec if settings.resample is None else settings.resample.plan(spec)
 
     @classmethod
     @abstractmethod
     def plan(cls, settings: Any) -> VisionSpec:
-        """What ``forward`` will give for one image; pure arithmetic.
+        """What ``finish`` will give for one image; pure arithmetic.
 
         Raises:
             PlanError: if the settings cannot work together.
@@ -85,11 +96,11 @@ class VisionEncoder(Part):
         raise CheckpointError(f"{type(self).__name__} has no published weights to load from {source!r}")
 
     def forward(self, pixel_values: Float[Tensor, "i 3 s s"]) -> FeatureMap:
-        """Embed, every block, finish."""
+        """Embed, every block, finish, resample."""
         x = self.embed(pixel_values)
         for index in range(self.spec.blocks):
             x = self.block(index, x)
-        return self.finish(x)
+        return self.finish(x) if self.resample is None else self.resample.apply(self.finish(x))
 
 
 class Fusion(Part):

@@ -18,19 +18,25 @@ from vlmix.core.errors import PlanError
 
 Grid = tuple[int, int]
 Resampling = Literal["bilinear", "bilinear_corners", "area"]
+# Let a and b be a token's row and column among the neighbours it is joined with and c its channel. The first
+# counts (a, b, c): InternVL, Idefics3, SmolVLM, Llama 4. The second counts (c, a, b): torch's
+# ``pixel_unshuffle``, as Eagle applies it to SAM, and ``unfold`` as in Mistral 3.
+Joining = Literal["token_major", "channel_major"]
 
 
 @dataclass(frozen=True, slots=True)
 class VisionSpec:
     """What an encoder, fusion or projector will give for one image: grid (rows, columns) and channels.
 
-    ``blocks`` is the number of steps a fusion inside the backbone may run one by one.
+    ``blocks`` is the number of steps a fusion inside the backbone may run one by one. With ``token_blocks``
+    each of them takes and gives (I, prefix + N, C), the patch tokens last, so that a fusion may change them.
     A strip of tokens without a rectangle has the grid ``(1, n)``.
     """
 
     grid: Grid
     channels: int
     blocks: int = 1
+    token_blocks: bool = False
 
     @property
     def tokens(self) -> int:
@@ -77,6 +83,35 @@ class FeatureMap:
         else:
             x = F.interpolate(x, size=grid, mode="bilinear", align_corners=mode == "bilinear_corners")
         return FeatureMap.from_nchw(x.to(self.tokens.dtype))
+
+    def joined(self, grid: Grid, layout: Joining) -> FeatureMap:
+        """Bring the map to a smaller grid by stacking the channels of the tokens each cell covers.
+
+        Raises:
+            ValueError: if a cell would cover no whole number of tokens.
+
+        """
+        if any(ours % theirs for ours, theirs in zip(self.grid, grid, strict=True)):
+            raise ValueError(f"a grid of {self.grid} does not divide into {grid}")
+        (i, _, c), (rows, columns) = self.tokens.shape, grid
+        down, across = self.grid[0] // rows, self.grid[1] // columns
+        x_IHAWBC = self.tokens.reshape(i, rows, down, columns, across, c)
+        order = (0, 1, 3, 2, 4, 5) if layout == "token_major" else (0, 1, 3, 5, 2, 4)
+        return FeatureMap(x_IHAWBC.permute(order).flatten(3).flatten(1, 2), grid)
+
+    def windows(self, window: Grid) -> Float[Tensor, "i n m c"]:
+        """The tokens by window of (rows, columns) cells, windows and cells in row-major order.
+
+        Raises:
+            ValueError: if the grid is no whole number of windows.
+
+        """
+        if any(side % part for side, part in zip(self.grid, window, strict=True)):
+            raise ValueError(f"a grid of {self.grid} is no whole number of windows of {window}")
+        i, _, c = self.tokens.shape
+        down, across = self.grid[0] // window[0], self.grid[1] // window[1]
+        x = self.tokens.reshape(i, down, window[0], across, window[1], c)
+        return x.transpose(2, 3).reshape(i, down * across, window[0] * window[1], c)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from vlmix.core.errors import ImageError
-from vlmix.core.settings import PartSettings
+from vlmix.core.resampling import EncoderSettings
 
 Colour = tuple[float, float, float]
 Resize = Literal["bilinear_antialias", "bicubic_antialias", "bilinear", "bilinear_corners"]
@@ -26,12 +26,13 @@ _INTERPOLATION: dict[str, dict[str, Any]] = {
 }
 
 
-class ImageSettings(PartSettings):
+class ImageSettings(EncoderSettings):
     """What every encoder says about its pictures.
 
     ``image_size`` is the side in pixels, ``resize`` how the canonical picture gets there (``bilinear``
     without antialias is Mini-Gemini's, ``bilinear_corners`` Eagle's and LLaVA-HR's), ``mean`` and ``std``
-    normalise red, green and blue, ``weights`` names the published weights: a hub id or a folder.
+    normalise red, green and blue, ``weights`` names the published weights: a hub id or a folder. ``resample``
+    brings the finished map to another grid.
     """
 
     image_size: PositiveInt

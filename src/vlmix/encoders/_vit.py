@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
+from jaxtyping import Float
 from pydantic import PositiveInt
+from torch import Tensor
 
 from vlmix.core.errors import PlanError
-from vlmix.core.tensors import VisionSpec
+from vlmix.core.tensors import FeatureMap, Grid, VisionSpec
 from vlmix.encoders._pixels import ImageSettings
 
 
@@ -14,7 +17,8 @@ class VitSettings(ImageSettings):
 
     ``layers`` counts the published model's blocks. ``feature_layer`` says which state is read, as in
     ``hidden_states``: 1 is after the first block, -1 after the last, -2 after the one before. Blocks behind
-    it are not made.
+    it are not made. ``table_size`` is the side of the pictures the position table was made for, where that is
+    another than ``image_size``: the table keeps its size and is resampled on the way in.
     """
 
     patch_size: PositiveInt
@@ -23,6 +27,26 @@ class VitSettings(ImageSettings):
     heads: PositiveInt
     mlp: PositiveInt
     feature_layer: int = -1
+    table_size: PositiveInt | None = None
+
+
+def table_side(settings: VitSettings) -> int:
+    """Rows and columns of the stored position table."""
+    return (settings.table_size or settings.image_size) // settings.patch_size
+
+
+def resampled_table(
+    table_NC: Float[Tensor, "n c"], side: int, grid: Grid, *, antialias: bool = True
+) -> Float[Tensor, "m c"]:
+    """A square position table of ``side`` brought to another grid, bicubic, in float32.
+
+    The same grid returns the table itself.
+    """
+    if grid == (side, side):
+        return table_NC
+    x_1CHW = FeatureMap(table_NC[None].float(), (side, side)).to_nchw()
+    x_1CHW = F.interpolate(x_1CHW, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return FeatureMap.from_nchw(x_1CHW).tokens[0].to(table_NC.dtype)
 
 
 def vit_blocks(settings: VitSettings) -> int:
@@ -50,14 +74,15 @@ def vit_spec(settings: VitSettings) -> VisionSpec:
             feature layer does not exist.
 
     """
-    if settings.image_size % settings.patch_size:
-        whole = settings.image_size // settings.patch_size
-        near = " and ".join(str(n * settings.patch_size) for n in (whole, whole + 1) if n)
-        raise PlanError(
-            f"{settings.kind}: image_size {settings.image_size} is no multiple of patch_size "
-            f"{settings.patch_size}; take {near}"
-        )
+    for name, size in (("image_size", settings.image_size), ("table_size", settings.table_size)):
+        if size is not None and size % settings.patch_size:
+            whole = size // settings.patch_size
+            near = " and ".join(str(n * settings.patch_size) for n in (whole, whole + 1) if n)
+            raise PlanError(
+                f"{settings.kind}: {name} {size} is no multiple of patch_size {settings.patch_size}; "
+                f"take {near}"
+            )
     if settings.width % settings.heads:
         raise PlanError(f"{settings.kind}: width {settings.width} is no multiple of heads {settings.heads}")
     side = settings.image_size // settings.patch_size
-    return VisionSpec((side, side), settings.width, blocks=vit_blocks(settings))
+    return VisionSpec((side, side), settings.width, blocks=vit_blocks(settings), token_blocks=True)

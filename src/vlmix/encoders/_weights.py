@@ -19,7 +19,7 @@ from vlmix.core.errors import CheckpointError
 
 _TEXT_SIDE = (r"(text_model|text_projection|visual_projection)\b", r"logit_(scale|bias)$")
 _POSITION_IDS = (r".*position_ids$",)
-_BLOCK = re.compile(r"encoder\.layers?\.(\d+)\.")
+_BLOCK = re.compile(r"(?:(?:encoder|model)\.)?layers?\.(\d+)\.")
 
 
 def load_tower(tower: PreTrainedModel, source: str, *, layers: int, unused: Sequence[str] = ()) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
+import torch
 import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -16,7 +17,7 @@ from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
 from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.encoders._pixels import encoder_input
-from vlmix.encoders._vit import VitSettings, vit_spec
+from vlmix.encoders._vit import VitSettings, resampled_table, table_side, vit_spec
 from vlmix.encoders._weights import load_tower
 
 POSITION_STD = 0.5
@@ -61,7 +62,7 @@ class ClipEncoder(VisionEncoder):
                 intermediate_size=settings.mlp,
                 num_hidden_layers=self.spec.blocks,
                 num_attention_heads=settings.heads,
-                image_size=settings.image_size,
+                image_size=settings.table_size or settings.image_size,
                 patch_size=settings.patch_size,
                 hidden_act=settings.activation,
             )
@@ -91,10 +92,14 @@ class ClipEncoder(VisionEncoder):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Patches, class token and positions, normed: (I, N or N + 1, C)."""
-        dtype = self.tower.embeddings.patch_embedding.weight.dtype
-        x_INC = self.tower.embeddings(encoder_input(pixel_values, self.settings, dtype))
-        if self.settings.class_token == "drop_before":
-            x_INC = x_INC[:, 1:]
+        parts = self.tower.embeddings
+        x_I3SS = encoder_input(pixel_values, self.settings, parts.patch_embedding.weight.dtype)
+        table_NC = parts.position_embedding.weight
+        x_INC = FeatureMap.from_nchw(parts.patch_embedding(x_I3SS)).tokens
+        x_INC = x_INC + resampled_table(table_NC[1:], table_side(self.settings), self.spec.grid)
+        if self.settings.class_token == "drop_after":
+            class_I1C = (parts.class_embedding + table_NC[0]).expand(x_INC.shape[0], 1, -1)
+            x_INC = torch.cat((class_I1C, x_INC), dim=1)
         return self.tower.pre_layrnorm(x_INC)
 
     def block(self, index: int, x: Tensor) -> Tensor:

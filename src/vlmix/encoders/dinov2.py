@@ -126,7 +126,7 @@ def _tower(settings: Dinov2Settings, blocks: int) -> Dinov2Model | Dinov2WithReg
         "mlp_ratio": settings.mlp // settings.width,
         "num_hidden_layers": blocks,
         "num_attention_heads": settings.heads,
-        "image_size": settings.image_size,
+        "image_size": settings.table_size or settings.image_size,
         "patch_size": settings.patch_size,
         "use_swiglu_ffn": settings.swiglu,
         "layerscale_value": settings.layer_scale,

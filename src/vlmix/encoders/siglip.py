@@ -14,7 +14,7 @@ from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
 from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.encoders._pixels import Colour, encoder_input
-from vlmix.encoders._vit import VitSettings, vit_spec
+from vlmix.encoders._vit import VitSettings, resampled_table, table_side, vit_spec
 from vlmix.encoders._weights import load_tower
 
 
@@ -53,7 +53,7 @@ class SiglipEncoder(VisionEncoder):
                 intermediate_size=settings.mlp,
                 num_hidden_layers=self.spec.blocks,
                 num_attention_heads=settings.heads,
-                image_size=settings.image_size,
+                image_size=settings.table_size or settings.image_size,
                 patch_size=settings.patch_size,
                 vision_use_head=False,
             )
@@ -64,13 +64,15 @@ class SiglipEncoder(VisionEncoder):
     @classmethod
     def plan(cls, settings: SiglipSettings) -> VisionSpec:
         """See ``vit_spec``; 384 pixels in patches of 14 leave a margin that SigLIP itself never reads."""
-        patches = max(settings.image_size // settings.patch_size, 1)
-        return vit_spec(settings.model_copy(update={"image_size": patches * settings.patch_size}))
+        return vit_spec(_whole(settings))
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Patches with positions: (I, N, C)."""
-        dtype = self.tower.embeddings.patch_embedding.weight.dtype
-        return self.tower.embeddings(encoder_input(pixel_values, self.settings, dtype))
+        parts = self.tower.embeddings
+        x_I3SS = encoder_input(pixel_values, self.settings, parts.patch_embedding.weight.dtype)
+        x_INC = FeatureMap.from_nchw(parts.patch_embedding(x_I3SS)).tokens
+        table_NC = parts.position_embedding.weight
+        return x_INC + resampled_table(table_NC, table_side(self.settings), self.spec.grid)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """Transformer block ``index``."""
@@ -89,3 +91,12 @@ class SiglipEncoder(VisionEncoder):
         """
         unused = (r"head\.",) if self.settings.final_norm else (r"head\.", r"post_layernorm\.")
         load_tower(self.tower, source, layers=self.settings.layers, unused=unused)
+
+
+def _whole(settings: SiglipSettings) -> SiglipSettings:
+    """The settings with sizes cut to whole patches."""
+    sizes = {"image_size": settings.image_size, "table_size": settings.table_size}
+    patch = settings.patch_size
+    return settings.model_copy(
+        update={key: max(size // patch, 1) * patch for key, size in sizes.items() if size is not None}
+    )

@@ -100,7 +100,7 @@ class VlmixConfig(PreTrainedConfig):
         encoders = self.encoder_settings()
         if not encoders:
             raise PlanError("encoders: the list is empty; name at least one, such as {kind: clip}")
-        specs = tuple(ENCODERS.get(settings.kind).plan(settings) for settings in encoders)
+        specs = tuple(ENCODERS.get(settings.kind).promise(settings) for settings in encoders)
         fusion, projector = self.fusion_settings(), self.projector_settings()
         fused = FUSIONS.get(fusion.kind).plan(fusion, specs)
         projected = PROJECTORS.get(projector.kind).plan(projector, fused, self.width)

@@ -1,8 +1,6 @@
 """Pixel shuffle: ``factor`` x ``factor`` neighbouring tokens become one, their channels side by side.
 
-Two orders of the joined channels are in use. Let a and b be a token's row and column among its neighbours
-and c its channel. ``token_major`` counts (a, b, c): InternVL, Idefics3, SmolVLM, Llama 4. ``channel_major``
-counts (c, a, b): torch's ``pixel_unshuffle``, as Eagle applies it to SAM, and ``unfold`` as in Mistral 3.
+Two orders of the joined channels are in use; ``vlmix.core.tensors.Joining`` explains them.
 """
 
 from __future__ import annotations
@@ -16,10 +14,8 @@ from vlmix.core.errors import PlanError
 from vlmix.core.interfaces import Projector
 from vlmix.core.parts import PROJECTORS
 from vlmix.core.settings import PartSettings
-from vlmix.core.tensors import FeatureMap, Grid, VisionSpec
+from vlmix.core.tensors import FeatureMap, Joining, VisionSpec
 from vlmix.projectors._mlp import mlp
-
-Layout = Literal["token_major", "channel_major"]
 
 
 class PixelShuffleSettings(PartSettings):
@@ -31,7 +27,7 @@ class PixelShuffleSettings(PartSettings):
 
     kind: Literal["pixel_shuffle"] = "pixel_shuffle"  # pyright: ignore[reportIncompatibleVariableOverride]
     factor: PositiveInt = 2
-    layout: Layout = "token_major"
+    layout: Joining = "token_major"
     norm: bool = True
     depth: PositiveInt = 2
     hidden: PositiveInt | None = None
@@ -51,7 +47,7 @@ class PixelShuffle(Projector):
     def __init__(self, settings: PixelShuffleSettings, spec: VisionSpec, width: int) -> None:
         super().__init__()
         self.grid = self.plan(settings, spec, width).grid
-        self.layout: Layout = settings.layout
+        self.layout: Joining = settings.layout
         joined = spec.channels * settings.factor**2
         self.norm = nn.LayerNorm(joined) if settings.norm else nn.Identity()
         self.layers = mlp(joined, settings.hidden or width, width, settings.depth)
@@ -79,15 +75,5 @@ class PixelShuffle(Projector):
 
     def forward(self, features: FeatureMap) -> FeatureMap:
         """Join neighbours, norm, map."""
-        joined = join_neighbours(features, self.grid, self.layout)
+        joined = features.joined(self.grid, self.layout)
         return FeatureMap(self.layers(self.norm(joined.tokens)), joined.grid)
-
-
-def join_neighbours(features: FeatureMap, grid: Grid, layout: Layout) -> FeatureMap:
-    """Bring a map to the smaller ``grid`` by stacking the channels of the tokens each cell covers."""
-    rows, columns = grid
-    tokens_IHAWBC = features.tokens.unflatten(
-        1, (rows, features.grid[0] // rows, columns, features.grid[1] // columns)
-    )
-    order = (0, 1, 3, 2, 4, 5) if layout == "token_major" else (0, 1, 3, 5, 2, 4)
-    return FeatureMap(tokens_IHAWBC.permute(order).flatten(3).flatten(1, 2), grid)
