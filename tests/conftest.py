@@ -34,3 +34,16 @@ def shared():
     if not folder.is_dir():
         pytest.skip("needs the folder ../shared with goldens and data, which is not here")
     return folder
+
+
+WORST = pytest.StashKey[dict[str, dict[str, float]]]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Name every published fixture that was compared, with its worst difference."""
+    worst = config.stash.get(WORST, {})
+    if worst:
+        terminalreporter.section("worst difference from the authors' own code")
+        for name, found in sorted(worst.items()):
+            what, difference = max(found.items(), key=lambda item: item[1])
+            terminalreporter.line(f"{name:24} {difference:.1e}  {what}  ({len(found)} compared)")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
@@ -45,6 +46,13 @@ def test_save_and_load_give_the_same_model(network, tmp_path):
     inputs = batch(network)
     # Weights are equal; logits are not bit for bit, because mapped tensors are aligned otherwise.
     assert_close(network(**inputs).logits, loaded(**inputs).logits)
+
+
+def test_loading_and_saving_keeps_the_names_of_the_weights(network, tmp_path):
+    network.save_pretrained(tmp_path / "first")
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
 
 
 @torch.no_grad()

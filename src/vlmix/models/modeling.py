@@ -53,6 +53,14 @@ class VlmixPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """Save with the names the modules have.
+
+        Transformers would otherwise write a loaded model in the names that its own older releases gave to
+        models of the decoder's kind, so that loading and saving changes the file.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint gave, then let every part set its special values.
 

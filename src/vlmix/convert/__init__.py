@@ -1,0 +1,1 @@
+"""Published checkpoint folders <-> vlmix model folders, with every tensor accounted for."""

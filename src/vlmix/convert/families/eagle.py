@@ -1,0 +1,237 @@
+"""Eagle (arXiv:2408.15998): up to five encoders, joined channel by channel."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from vlmix.convert._family import FAMILIES, Family, Reading, Writing
+from vlmix.convert._llava_parts import (
+    HEAD_WIDTH,
+    LANGUAGE_NAMES,
+    LANGUAGE_UNUSED,
+    clip_settings,
+    clip_unused,
+    convnext_names,
+    convnext_settings,
+    count,
+    flat_config,
+    language_config,
+    projector,
+    scale_name,
+    shape_of,
+    written_class,
+)
+from vlmix.convert._names import Names, Rename, Unused
+from vlmix.convert._source import PublishedFolder
+from vlmix.core.errors import CheckpointError
+from vlmix.encoders._pixels import CLIP_MEAN, CLIP_STD
+from vlmix.models.configuration import VlmixConfig
+
+_TOWERS = re.compile(r"model\.vision_tower\.vision_towers\.(\d+)\.vision_tower\.")
+_SIZE, _GRID, _CLIP_SIZE, _PATCHES = 1024, 32, 336, 2048
+# Every tower is given the one tensor that CLIP's statistics normalised.
+_CLIP_LOOK = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize": "bilinear_corners"}
+_CALLED = {
+    "clip": "clip-448",
+    "convnext": "convnext-1024",
+    "sam": "sam-1024",
+    "eva02": "det-1024",
+    "pix2struct": "pix2struct-1024",
+}
+_EVA_NAMES = (
+    ("attn.q_bias", "attn.q_proj.bias"),
+    ("attn.v_bias", "attn.v_proj.bias"),
+    ("mlp.w1.{rest}", "mlp.fc1_g.{rest}"),
+    ("mlp.w2.{rest}", "mlp.fc1_x.{rest}"),
+    ("mlp.w3.{rest}", "mlp.fc2.{rest}"),
+    ("mlp.ffn_ln.{rest}", "mlp.norm.{rest}"),
+)
+
+
+@FAMILIES.register("eagle")
+class Eagle(Family):
+    """Folders written by Eagle's own classes, with every encoder inside."""
+
+    @classmethod
+    def recognises(cls, folder: PublishedFolder) -> bool:
+        """A list of towers."""
+        return any(_TOWERS.match(name) for name in folder.tensors)
+
+    @classmethod
+    def read(cls, folder: PublishedFolder) -> Reading:
+        """Each tower is told by its tensors; CLIP runs at 336 pixels although Eagle calls it 448."""
+        encoders, rules, unused = [], list[Rename](), list[Unused]()
+        for index in _indexes(folder):
+            settings, prefix = _tower(folder, index)
+            encoders.append(settings)
+            ours = f"model.encoders.{index}.tower."
+            rules += _renames(settings, scale_name(folder, prefix), prefix, ours)
+            unused += _unused(settings, prefix)
+        meant = {
+            "text_config": language_config(folder),
+            "encoders": encoders,
+            "fusion": {
+                "kind": "channel_concat",
+                "grid": [_GRID, _GRID],
+                "resampling": "bilinear_corners",
+            },
+            "projector": projector(folder.config)[0],
+            "image_size": _SIZE,
+        }
+        names = Names((*rules, projector(folder.config)[1], *LANGUAGE_NAMES), (*LANGUAGE_UNUSED, *unused))
+        return Reading(meant, names)
+
+    @classmethod
+    def write(cls, config: VlmixConfig) -> Writing:
+        """Any of Eagle's five towers, joined channel by channel on one grid."""
+        encoders = [part.model_dump(mode="json") for part in config.encoder_settings()]
+        foreign = [part["kind"] for part in encoders if part["kind"] not in _CALLED]
+        if foreign or config.fusion_settings().kind != "channel_concat":
+            raise CheckpointError(
+                f"Eagle joins {', '.join(_CALLED)} with channel_concat; this model has "
+                f"{[part['kind'] for part in encoders]} with {config.fusion_settings().kind}"
+            )
+        rules, unused = list[Rename](), list[Unused]()
+        for index, settings in enumerate(encoders):
+            prefix = _prefix(index) + ("vision_model." if settings["kind"] == "clip" else "")
+            rules += _renames(settings, "weight", prefix, f"model.encoders.{index}.tower.")
+            unused += _unused(settings, prefix)
+        own = {
+            "mm_vision_tower": ";".join(_CALLED[part["kind"]] for part in encoders),
+            "mm_vision_select_layer": -2,
+            "mm_patch_merge_type": "flat",
+            "tokenizer_padding_side": "right",
+        }
+        flat = flat_config(config, written_class(config, "Eagle{}ForCausalLM"), "eagle_llama", own)
+        names = Names((*rules, projector(flat)[1], *LANGUAGE_NAMES), (*LANGUAGE_UNUSED, *unused))
+        return Writing(flat, names)
+
+
+def _prefix(index: int) -> str:
+    return f"model.vision_tower.vision_towers.{index}.vision_tower."
+
+
+def _indexes(folder: PublishedFolder) -> list[int]:
+    return sorted({int(found.group(1)) for name in folder.tensors if (found := _TOWERS.match(name))})
+
+
+def _tower(folder: PublishedFolder, index: int) -> tuple[dict[str, Any], str]:
+    """One tower's settings, and the prefix of its tensors."""
+    prefix = _prefix(index)
+    if f"{prefix}vision_model.embeddings.class_embedding" in folder.tensors:
+        prefix += "vision_model."
+        clip = clip_settings(folder, prefix)
+        return {
+            **clip,
+            "table_size": clip["image_size"],
+            "image_size": _CLIP_SIZE,
+            "feature_layer": -1,
+            "class_token": "drop_before",
+            "resize": "bilinear_corners",
+        }, prefix
+    if f"{prefix}stem.0.weight" in folder.tensors:
+        convnext = convnext_settings(folder, f"{prefix}stem.", f"{prefix}stages.")
+        return {**convnext, "image_size": _SIZE, "stages": [3], "norm_eps": 1e-5}, prefix
+    if f"{prefix}patch_embed.projection.weight" in folder.tensors:
+        return _sam(folder, prefix), prefix
+    if f"{prefix}rope_glb.freqs_cos" in folder.tensors:
+        return _eva02(folder, prefix), prefix
+    if f"{prefix}embeddings.row_embedder.weight" in folder.tensors:
+        return _pix2struct(folder, prefix), prefix
+    some = next(name for name in folder.tensors if name.startswith(prefix))
+    raise CheckpointError(f"{folder.folder}: tower {index} (with {some}) is of a kind not known here")
+
+
+def _sam(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
+    """Position biases tell which blocks are global, and a head's width."""
+    biases = [
+        shape_of(folder, f"{prefix}layers.{i}.attn.rel_pos_h")
+        for i in range(count(folder, f"{prefix}layers."))
+    ]
+    width, _, _, patch = shape_of(folder, f"{prefix}patch_embed.projection.weight")
+    side = shape_of(folder, f"{prefix}pos_embed")[1]
+    wide = [index for index, bias in enumerate(biases) if bias[0] == 2 * side - 1]
+    narrow = {(bias[0] + 1) // 2 for index, bias in enumerate(biases) if index not in wide}
+    return {
+        "kind": "sam",
+        "image_size": side * patch,
+        "patch_size": patch,
+        "width": width,
+        "layers": len(biases),
+        "heads": width // biases[0][1],
+        "mlp": shape_of(folder, f"{prefix}layers.0.mlp.lin1.weight")[0],
+        "window": narrow.pop() if narrow else 0,
+        "global_blocks": wide,
+        "neck": "first",
+        "neck_channels": shape_of(folder, f"{prefix}neck.conv1.weight")[0],
+        "resample": {"grid": [side // 2, side // 2], "mode": "channel_major"},
+        **_CLIP_LOOK,
+    }
+
+
+def _eva02(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
+    """The rotations' buffers tell windows, grid and a head's width; every third block is global."""
+    width, _, _, patch = shape_of(folder, f"{prefix}patch_embed.proj.weight")
+    cells, head = shape_of(folder, f"{prefix}rope_glb.freqs_cos")
+    window = math.isqrt(shape_of(folder, f"{prefix}rope_win.freqs_cos")[0])
+    layers = count(folder, f"{prefix}blocks.")
+    table = math.isqrt(shape_of(folder, f"{prefix}pos_embed")[1] - 1)
+    return {
+        "kind": "eva02",
+        "image_size": math.isqrt(cells) * patch,
+        "patch_size": patch,
+        "width": width,
+        "layers": layers,
+        "heads": width // head,
+        "mlp": shape_of(folder, f"{prefix}blocks.0.mlp.w1.weight")[0],
+        "window": window,
+        "global_blocks": list(range(2, layers, 3)),
+        "rope_grid": window,
+        "table_size": table * patch,
+        **_CLIP_LOOK,
+    }
+
+
+def _pix2struct(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
+    """As many patches as half the positions, as published: 2048 of 4096."""
+    positions, width = shape_of(folder, f"{prefix}embeddings.row_embedder.weight")
+    inner = shape_of(folder, f"{prefix}encoder.layer.0.attention.query.weight")[0]
+    inputs = shape_of(folder, f"{prefix}embeddings.patch_projection.weight")[1]
+    return {
+        "kind": "pix2struct",
+        "image_size": _SIZE,
+        "patch_size": math.isqrt(inputs // 3),
+        "width": width,
+        "layers": count(folder, f"{prefix}encoder.layer."),
+        "heads": max(inner // HEAD_WIDTH, 1),
+        "head_width": min(HEAD_WIDTH, inner),
+        "mlp": shape_of(folder, f"{prefix}encoder.layer.0.mlp.wi_0.weight")[0],
+        "patches": _PATCHES,
+        "positions": positions,
+        "resize": "bilinear_corners",
+    }
+
+
+def _unused(settings: dict[str, Any], prefix: str) -> tuple[Unused, ...]:
+    if settings["kind"] == "clip":
+        return clip_unused(prefix, settings["layers"], settings["layers"])
+    if settings["kind"] == "eva02":
+        return (
+            Unused(f"{prefix}rope_{{rest}}", "computed from the config"),
+            Unused(f"{prefix}blocks.{{n}}.attn.rope.{{rest}}", "computed from the config"),
+        )
+    return (Unused(f"{prefix}head.{{rest}}", "the classifier, which no feature passes through"),)
+
+
+def _renames(settings: dict[str, Any], scales: str, prefix: str, ours: str) -> tuple[Rename, ...]:
+    if settings["kind"] == "convnext":
+        return convnext_names(prefix, ours, scales)
+    whole = Rename(f"{prefix}{{rest}}", f"{ours}{{rest}}")
+    if settings["kind"] != "eva02":
+        return (whole,)
+    inside = [
+        Rename(f"{prefix}blocks.{{n}}.{theirs}", f"{ours}blocks.{{n}}.{mine}") for theirs, mine in _EVA_NAMES
+    ]
+    return (*inside, Rename(f"{prefix}patch_embed.proj.{{rest}}", f"{ours}patch_embed.{{rest}}"), whole)

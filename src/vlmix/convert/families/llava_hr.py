@@ -1,0 +1,112 @@
+"""LLaVA-HR (arXiv:2403.03003): a ConvNeXt enters CLIP's backbone through three adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlmix.convert._family import FAMILIES, Family, Reading, Writing
+from vlmix.convert._llava_parts import (
+    LANGUAGE_NAMES,
+    LANGUAGE_UNUSED,
+    clip_settings,
+    clip_unused,
+    convnext_names,
+    convnext_settings,
+    flat_config,
+    language_config,
+    parts_are,
+    projector,
+    scale_name,
+    written_class,
+)
+from vlmix.convert._names import Names, Rename, Unused
+from vlmix.convert._source import PublishedFolder
+from vlmix.core.errors import CheckpointError
+from vlmix.models.configuration import VlmixConfig
+
+_TOWER = "model.vision_tower."
+_FAST = f"{_TOWER}fast_vision_tower.vision_tower.vision_model."
+_SLOW = f"{_TOWER}slow_vision_tower.vision_tower."
+_OURS_SLOW = "model.encoders.1.tower."
+_STRIDE, _PATCH, _LEAST = 32, 14, 336
+
+
+@FAMILIES.register("llava_hr")
+class LlavaHr(Family):
+    """Folders written by LLaVA-HR's own classes, of either stage."""
+
+    @classmethod
+    def recognises(cls, folder: PublishedFolder) -> bool:
+        """A slow and a fast tower and the layers that join them."""
+        return any(name.startswith(f"{_TOWER}align_stages.") for name in folder.tensors)
+
+    @classmethod
+    def read(cls, folder: PublishedFolder) -> Reading:
+        """CLIP gets the picture at the size where its patches meet the ConvNeXt's cells, 336 at least."""
+        config, size = folder.config, int(folder.config["input_image_size"])
+        clip = clip_settings(folder, _FAST)
+        clip |= {
+            "table_size": clip["image_size"],
+            "image_size": max(size * _PATCH // _STRIDE, _LEAST),
+            "feature_layer": -1,
+            "class_token": "drop_before",
+            "resize": "bilinear_corners",
+        }
+        convnext = convnext_settings(folder, f"{_SLOW}stem.", f"{_SLOW}stages.")
+        convnext |= {"image_size": size, "stages": [3]}
+        adapted = any(name.startswith(f"{_TOWER}align_stages_latent.") for name in folder.tensors)
+        fusion: dict[str, Any] = {"kind": "mixture_of_resolution", **({} if adapted else {"after": []})}
+        meant = {
+            "text_config": language_config(folder),
+            "encoders": [clip, convnext],
+            "fusion": fusion,
+            "projector": projector(config)[0],
+            "image_size": size,
+        }
+        return Reading(
+            meant, _names(clip, config, convnext_names(_SLOW, _OURS_SLOW, scale_name(folder, _SLOW)))
+        )
+
+    @classmethod
+    def write(cls, config: VlmixConfig) -> Writing:
+        """CLIP without class token, the last stage of a ConvNeXt, adapters after three quarters or none."""
+        clip, convnext = parts_are(config, ["clip", "convnext"], "mixture_of_resolution", "LLaVA-HR")
+        quarters = [clip["layers"] * part // 4 for part in (1, 2, 3)]
+        after = config.fusion_settings().model_dump()["after"]
+        if convnext["stages"] != [3] or clip["class_token"] != "drop_before" or clip["feature_layer"] != -1:
+            raise CheckpointError(
+                "LLaVA-HR reads CLIP's last block without class token and ConvNeXt's last stage"
+            )
+        if after is not None and list(after) not in ([], quarters):
+            raise CheckpointError(
+                f"LLaVA-HR's adapters stand after {quarters} or nowhere, not after {list(after)}"
+            )
+        own = {
+            "is_multipath_encoder": True,
+            "input_image_size": convnext["image_size"],
+            "freeze_vision": after is not None and not after,
+            "mm_vision_select_layer": -2,
+            "mm_vision_tower": clip["weights"] or "",
+            "vision_tower_slow": convnext["weights"] or "",
+        }
+        flat = flat_config(config, written_class(config, "Llava{}ForCausalLM"), "llava", own)
+        return Writing(flat, _names(clip, flat, convnext_names(_SLOW, _OURS_SLOW)))
+
+
+def _names(clip: dict[str, Any], config: Any, slow: Sequence[Rename]) -> Names:
+    return Names(
+        (
+            Rename(f"{_FAST}{{rest}}", "model.encoders.0.tower.{rest}"),
+            *slow,
+            Rename(f"{_TOWER}align_stages_latent.{{n}}.{{rest}}", "model.fusion.adapters.{n}.{rest}"),
+            Rename(f"{_TOWER}align_stages.0.{{rest}}", "model.fusion.{rest}"),
+            projector(config)[1],
+            *LANGUAGE_NAMES,
+        ),
+        (
+            *LANGUAGE_UNUSED,
+            *clip_unused(_FAST, clip["layers"], clip["layers"]),
+            Unused(f"{_SLOW}head.{{rest}}", "the classifier, which no feature passes through"),
+        ),
+    )

@@ -1,0 +1,136 @@
+"""Attention of the fusions against modules of the authors' own code: Deformable DETR, Cambrian."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.parity.published import GOLDENS
+from vlmix.core.tensors import FeatureMap
+from vlmix.fusion._sampling import DeformableAttention, sample_points
+from vlmix.fusion.spatial_aggregator import AggregatorLayer
+
+FOLDER = GOLDENS / "modules-sva-deform"
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.golden,
+    pytest.mark.skipif(not FOLDER.is_dir(), reason="the shared golden folders are absent"),
+]
+
+
+@cache
+def tensors(which):
+    return load_file(FOLDER / f"{which}.safetensors")
+
+
+def weights(prefix):
+    return {key.removeprefix(prefix): t for key, t in tensors("model").items() if key.startswith(prefix)}
+
+
+def assert_agree(found, golden):
+    torch.testing.assert_close(found, golden, atol=5e-5, rtol=0)
+
+
+def by_level(flat, shapes):
+    """(B, all cells, …) -> one (B, H, W, …) for each level."""
+    parts = flat.split([int(rows * columns) for rows, columns in shapes], dim=1)
+    return [part.unflatten(1, tuple(shape.tolist())) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def test_sampling_is_deformable_detrs():
+    inputs, shapes = tensors("inputs"), tensors("inputs")["msda.shapes"]
+    values = [level.permute(0, 3, 4, 1, 2) for level in by_level(inputs["msda.value"], shapes)]
+    found = sample_points(values, inputs["msda.locations"], inputs["msda.weights"])
+    assert_agree(found, tensors("outputs")["msdeform.core"])
+
+
+class Padded(nn.Module):
+    """Deformable DETR's value projection, which clears cells of padding."""
+
+    def __init__(self, linear, padding):
+        super().__init__()
+        self.linear, self.padding = linear, padding
+
+    def forward(self, x):
+        return self.linear(x).masked_fill(self.padding[..., None], 0.0)
+
+
+def test_the_whole_attention_is_deformable_detrs_and_starts_as_it_does():
+    inputs, shapes, stored = tensors("inputs"), tensors("inputs")["msda.shapes"], weights("msdeform.")
+    part = DeformableAttention(32, [32, 32], heads=4, points=3)
+    assert part.offsets.weight.shape == stored["sampling_offsets.weight"].shape
+    part.reset()
+    rays = part.offsets.bias.detach().view(4, 2, 3, 2)
+    ways = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    assert_agree(rays, ways[:, None, None] * torch.tensor([1.0, 2.0, 3.0])[:, None].expand(4, 2, 3, 1))
+    names = {"offsets": "sampling_offsets", "scores": "attention_weights", "out": "output_proj"}
+    for ours, theirs in names.items():
+        getattr(part, ours).load_state_dict(
+            {"weight": stored[f"{theirs}.weight"], "bias": stored[f"{theirs}.bias"]}
+        )
+    linear = nn.Linear(32, 32)
+    linear.load_state_dict({"weight": stored["value_proj.weight"], "bias": stored["value_proj.bias"]})
+    padding = [level.flatten(1) for level in by_level(inputs["msda.padding"], shapes)]
+    part.values = nn.ModuleList(Padded(linear, mask) for mask in padding)
+    maps = [
+        FeatureMap(level.flatten(1, 2), tuple(shape.tolist()))
+        for level, shape in zip(by_level(inputs["msda.flat"], shapes), shapes, strict=True)
+    ]
+    # Their reference points differ by row and level; ours are the same for all, so each row is asked alone.
+    reference = inputs["msda.ref2"]
+    assert reference.shape == (2, 5, 2, 2)
+    offset = part.offsets.bias.detach().clone()
+    for row in range(2):
+        found = []
+        for query in range(5):
+            shift = (reference[row, query] - reference[row, query, :1]) * shapes.flip(1)
+            bias = offset.view(4, 2, 3, 2) + shift[:, None]
+            part.offsets.bias.data = bias.flatten()
+            for value, mask in zip(part.values, padding, strict=True):
+                value.padding = mask[row : row + 1]
+            alone = [FeatureMap(m.tokens[row : row + 1], m.grid) for m in maps]
+            asked = inputs["msda.query"][row : row + 1, query : query + 1]
+            found.append(part(asked, reference[row, query, :1], alone))
+        assert_agree(torch.cat(found, dim=1)[0], tensors("outputs")["msdeform.module.points"][row])
+
+
+@torch.no_grad()
+def test_the_aggregator_is_cambrians(monkeypatch):
+    inputs, expected = tensors("inputs"), tensors("outputs")["vision_token_sampler.joint.out"]
+    # The fixture hides some keys as padding; ours has none, so the mask is slipped in where they are scored.
+    shown = torch.cat([inputs[f"sva.mask{i}"] for i in range(3)], dim=1)[:, None, None, None]
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: attend(q, k, v, attn_mask=shown))
+    windows = [inputs[f"sva.kv{i}"] for i in range(3)]
+    x, context = inputs["sva.queries"], inputs["sva.context"]
+    for number in range(2):
+        stored = weights(f"vision_token_sampler.joint.layers.{number}.")
+        layer = AggregatorLayer(32, 48, [24, 32, 32], [1, 4, 16], heads=16).eval()
+        layer.load_state_dict(renamed(stored))
+        # Theirs takes every window as a row of a batch with one query.
+        x = layer(x, context, [window[:, None] for window in windows])
+    assert_agree(x, expected)
+
+
+def renamed(stored):
+    """Cambrian's names -> ours."""
+    pairs = [
+        ("cross_attn.q_proj.", "query."),
+        ("cross_attn.o_proj.", "out."),
+        ("proj_out.linear_1.", "mlp.0."),
+        ("proj_out.linear_2.", "mlp.2."),
+        ("pos_embed_", "places."),
+        *((f"cross_attn.{kind}_proj_{i}.", f"{ours}.{i}.") for i in range(3) for kind, ours in _KINDS),
+    ]
+    names = dict.fromkeys(stored)
+    for theirs, ours in pairs:
+        names.update({k: ours + k.removeprefix(theirs) for k in names if k.startswith(theirs)})
+    return {names[key] or key: tensor for key, tensor in stored.items()}
+
+
+_KINDS = (("k", "keys"), ("v", "values"))
