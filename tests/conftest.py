@@ -39,6 +39,20 @@ def shared():
 WORST = pytest.StashKey[dict[str, dict[str, float]]]()
 
 
+def pytest_sessionfinish(session):
+    """A worker's findings travel to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["worst"] = session.config.stash.get(WORST, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Collect what a worker found."""
+    worst = node.config.stash.setdefault(WORST, {})
+    for name, found in getattr(node, "workeroutput", {}).get("worst", {}).items():
+        worst.setdefault(name, {}).update(found)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Name every published fixture that was compared, with its worst difference."""
     worst = config.stash.get(WORST, {})
