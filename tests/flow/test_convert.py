@@ -7,10 +7,20 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
+import vlmix
 from tests.tiny import text_config
 from vlmix.cli.main import app
 from vlmix.convert.export import export
@@ -112,6 +122,38 @@ def test_weights_are_split_into_shards_and_found_again(published, tmp_path, monk
     index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
     assert len({*index["weight_map"].values()}) > 2
     assert answers(loaded(tmp_path / "ours"), input_ids=torch.tensor([[2, 5, 7]])).isfinite().all()
+
+
+def test_with_a_tokenizer_the_model_chats_in_batches(published, tmp_path):
+    letters = {chr(ord("a") + i): i + 5 for i in range(26)}
+    vocabulary = {"<unk>": 0, "<s>": 2, "</s>": 3, "▁": 4, **letters}
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<unk>")),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    words.save_pretrained(tmp_path / "words")
+    done = convert(published, tmp_path / "ours", tokenizer=tmp_path / "words")
+    assert done.processor
+    model, processor = vlmix.load(tmp_path / "ours")
+    assert processor.tokenizer.pad_token_id == 0
+    assert model.config.image_token_id == processor.image_token_id
+    picture = {"type": "image", "image": Image.new("RGB", (20, 30))}
+    messages = [
+        [{"role": "user", "content": [picture, {"type": "text", "text": "a"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": "b c"}]}],
+    ]
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+    out = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert out.shape == (2, inputs["input_ids"].shape[1] + 3)
 
 
 class Harmful:

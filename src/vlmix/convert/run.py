@@ -191,9 +191,12 @@ def _processor(new: Path, tokenizer: Path, reading: Reading, config: VlmixConfig
     if not any((tokenizer / name).is_file() for name in _TOKENIZERS):
         return False
     images = VlmixImageProcessor(config.image_size, reading.fit)
+    words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    if words.pad_token is None:  # a token of its own would have no row in the embedding table
+        words.pad_token = words.unk_token or words.eos_token
     processor = VlmixProcessor(
         images,
-        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True),
+        words,
         chat_template=reading.chat_template,
         image_seq_length=config.image_seq_length,
     )
