@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -114,6 +116,39 @@ def test_a_model_from_here_is_written_for_its_families_and_read_again(published,
     with pytest.raises(CheckpointError, match="this model is"):
         export(tmp_path / "trained", tmp_path / "other", "mini_gemini")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_tower_in_a_folder_of_its_own_is_read_with_its_text_side_left_out(peer, published, tmp_path):
+    """As LLaVA-1.5 lies on the hub: pickles, and CLIP whole under the name that the config gives."""
+    convert(published, tmp_path / "ours")
+    loaded(tmp_path / "ours").save_pretrained(tmp_path / "plain")
+    export(tmp_path / "plain", tmp_path / "hub", "llava")
+    tensors = load_file(tmp_path / "hub" / "model.safetensors")
+    outside = {name: t for name, t in tensors.items() if "vision_tower" not in name}
+    (tmp_path / "hub" / "model.safetensors").unlink()
+    torch.save(outside, tmp_path / "hub" / "pytorch_model.bin")
+    flat = json.loads((tmp_path / "hub" / "config.json").read_text())
+    (tmp_path / "hub" / "config.json").write_text(json.dumps({**flat, "mm_vision_tower": "openai/clip"}))
+    text = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = peer.config.vision_config.to_dict()
+    clip = CLIPModel(
+        CLIPConfig(vision_config=vision, text_config={**text, "vocab_size": 9}, projection_dim=8)
+    )
+    clip.vision_model.load_state_dict(peer.model.vision_tower.state_dict())
+    clip.save_pretrained(tmp_path / "hub" / "openai" / "clip")
+    stored = tmp_path / "hub" / "openai" / "clip"
+    torch.save(load_file(stored / "model.safetensors"), stored / "pytorch_model.bin")
+    (stored / "model.safetensors").unlink()
+    done = convert(tmp_path / "hub", tmp_path / "again", change=lambda raw: with_overrides(raw, CHANGES[1:]))
+    assert "the text side of CLIP" in done.kept.values()
+    ids, pixels = prompt()
+    ours, again = (loaded(tmp_path / name) for name in ("ours", "again"))
+    expected = answers(ours, input_ids=ids, pixel_values=pixels)
+    assert torch.equal(answers(again, input_ids=ids, pixel_values=pixels), expected)
+    export(tmp_path / "again", tmp_path / "back", "llava")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == outside.keys()
+    assert all(torch.equal(back[name], outside[name]) for name in back)
 
 
 def test_weights_are_split_into_shards_and_found_again(published, tmp_path, monkeypatch):

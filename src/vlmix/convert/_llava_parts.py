@@ -36,6 +36,10 @@ LANGUAGE_NAMES = (
     Rename("lm_head.{rest}", "model.language_model.lm_head.{rest}"),
     Rename("model.{rest}", "model.language_model.model.{rest}"),
 )
+TEXT_SIDE = tuple(
+    Unused(name, "the text side of CLIP")
+    for name in ("text_model.{rest}", "text_projection.{rest}", "visual_projection.{rest}", "logit_scale")
+)
 LANGUAGE_UNUSED = (Unused("model.layers.{n}.self_attn.rotary_emb.inv_freq", "computed from the config"),)
 
 
@@ -200,6 +204,14 @@ def clip_unused(prefix: str, layers: int, blocks: int) -> tuple[Unused, ...]:
         Unused(f"{prefix}post_layernorm.{{rest}}", "only the pooled class token passes through it"),
         Unused(f"{prefix}embeddings.position_ids", "computed from the config"),
     )
+
+
+def clip_prefix(folder: PublishedFolder) -> str:
+    """What stands before the tensors of a CLIP tower in its own folder, which may hold the text side too."""
+    for prefix in ("vision_model.", ""):
+        if f"{prefix}embeddings.patch_embedding.weight" in folder.tensors:
+            return prefix
+    raise CheckpointError(f"{folder.folder}: holds no CLIP vision tower")
 
 
 def named_tower(folder: PublishedFolder, name: str) -> PublishedFolder | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 from vlmix.core.errors import CheckpointError
 
@@ -31,7 +32,7 @@ def as_safetensors(path: Path, scratch: Path) -> Path:
         CheckpointError: if it holds anything but tensors, or cannot be read.
 
     """
-    copy = scratch / f"{path.stem}.safetensors"
+    copy = scratch / f"{uuid4().hex}.safetensors"  # files of several folders may have the same name
     done = subprocess.run(
         [sys.executable, "-I", "-c", _CHILD, str(path), str(copy)],
         capture_output=True,

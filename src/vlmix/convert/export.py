@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,15 +47,16 @@ def export(source: Path, target: Path, family: str) -> int:
         verify_manifest(folder)
     with TemporaryDirectory() as scratch:
         ours = PublishedFolder(folder, Path(scratch))
-        writing = _writing(folder, family)
-        lost = [name for name in ours.tensors if writing.names.theirs(name) is None]
+        writing, elsewhere = _writing(folder, family)
+        taken = [name for name in ours.tensors if elsewhere.theirs(name) is None]
+        lost = [name for name in taken if writing.names.theirs(name) is None]
         if lost:
             raise CheckpointError(
                 f"{folder}: {len(lost)} tensors have no place in {family}: {sorted(lost)[:8]}"
             )
         with publish(target) as new:
             writer, count = ShardWriter(new), 0
-            for part, name in _tensors(ours, Path(scratch)):
+            for part, name in [*((ours, name) for name in taken), *_aside(ours, Path(scratch))]:
                 theirs = name if part is not ours else writing.names.theirs(name)
                 writer.add(str(theirs), part.tensor(name))
                 count += 1
@@ -67,21 +68,28 @@ def export(source: Path, target: Path, family: str) -> int:
     return count
 
 
-def _writing(folder: Path, family: str) -> Writing:
-    """As it was read where it came from this family, else as the family writes a model of its kind."""
+def _writing(folder: Path, family: str) -> tuple[Writing, Names]:
+    """As it was read where it came from this family, else as the family writes a model of its kind.
+
+    The second are names of towers that lay in folders of their own and stay there.
+    """
     cls, path = FAMILIES.get(family), folder / KEPT / READING
     if path.is_file():
         kept: Mapping[str, Any] = read_json(path)
         if kept["family"] == family:
-            return Writing(kept["config"], Names([Rename(theirs, ours) for theirs, ours in kept["renames"]]))
-    return cls.write(VlmixConfig.from_pretrained(folder))
+            names, elsewhere = (_rules(kept[key]) for key in ("renames", "elsewhere"))
+            return Writing(kept["config"], names), elsewhere
+    return cls.write(VlmixConfig.from_pretrained(folder)), Names(())
 
 
-def _tensors(ours: PublishedFolder, scratch: Path) -> list[tuple[PublishedFolder, str]]:
-    """Ours, and those that were kept aside."""
-    found = [(ours, name) for name in ours.tensors]
-    aside = ours.folder / KEPT / "unused.safetensors"
-    if aside.is_file() or aside.with_name(f"{aside.name}.index.json").is_file():
-        kept = PublishedFolder(ours.folder / KEPT, scratch, stem="unused")
-        found += [(kept, name) for name in kept.tensors]
-    return found
+def _rules(pairs: Sequence[tuple[str, str]]) -> Names:
+    return Names([Rename(theirs, ours) for theirs, ours in pairs])
+
+
+def _aside(ours: PublishedFolder, scratch: Path) -> list[tuple[PublishedFolder, str]]:
+    """The tensors that were kept aside."""
+    path = ours.folder / KEPT / "unused.safetensors"
+    if not path.is_file() and not path.with_name(f"{path.name}.index.json").is_file():
+        return []
+    kept = PublishedFolder(ours.folder / KEPT, scratch, stem="unused")
+    return [(kept, name) for name in kept.tensors]

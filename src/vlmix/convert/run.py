@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from vlmix.convert._family import FAMILIES, Family, Reading
-from vlmix.convert._names import Names
 from vlmix.convert._shards import ShardWriter
 from vlmix.convert._source import PublishedFolder
 from vlmix.core.errors import CheckpointError
@@ -79,7 +78,7 @@ def convert(
         with publish(target) as new:
             processor = _processor(new, tokenizer or source, reading, config)
             _write_model(new, moves, config)
-            _write_kept(new / KEPT, folder, kept, name, reading.names)
+            _write_kept(new / KEPT, folder, kept, name, reading)
             write_manifest(new, _SCHEMA)
     return Converted(name, len(moves), {move.theirs: reason for move, reason in kept}, processor)
 
@@ -167,7 +166,7 @@ def _read(moves: Sequence[Move]) -> Iterator[tuple[Move, Tensor]]:
 
 
 def _write_kept(
-    target: Path, folder: PublishedFolder, kept: Sequence[tuple[Move, str]], family: str, names: Names
+    target: Path, folder: PublishedFolder, kept: Sequence[tuple[Move, str]], family: str, reading: Reading
 ) -> None:
     """What the way back needs: their config, and the tensors that have no place here."""
     target.mkdir()
@@ -176,7 +175,8 @@ def _write_kept(
         "family": family,
         "unused": reasons,
         "config": dict(folder.config),
-        "renames": [[rule.theirs, rule.ours] for rule in names.renames],
+        "renames": [[rule.theirs, rule.ours] for rule in reading.names.renames],
+        "elsewhere": [[rule.theirs, rule.ours] for _, names in reading.towers for rule in names.renames],
     }
     write_json(target / READING, found)
     writer = ShardWriter(target, stem="unused")

@@ -9,7 +9,9 @@ from vlmix.convert._llava_parts import (
     CLIP,
     LANGUAGE_NAMES,
     LANGUAGE_UNUSED,
+    TEXT_SIDE,
     architecture,
+    clip_prefix,
     clip_settings,
     clip_unused,
     declared_clip,
@@ -57,14 +59,14 @@ class Llava(Family):
                 f"{folder.folder}: its CLIP tower {config.get('mm_vision_tower')!r} is neither inside nor "
                 "a folder beside it. Put that model's folder there under this name"
             )
-        prefix = CLIP if inside else "vision_model."
         tower = folder if inside or beside is None else beside
+        prefix = CLIP if inside else clip_prefix(tower)
         clip = {**clip_settings(tower, prefix), "feature_layer": config.get("mm_vision_select_layer", -2)}
         clip |= declared_clip(beside)
         names, towers = cls._names(clip, prefix, config), ()
         if not inside:
-            towers = ((tower, names),)
-            names = Names((projector(config)[1], *LANGUAGE_NAMES), LANGUAGE_UNUSED)
+            seen = Names(names.renames[:1], (*names.unused, *TEXT_SIDE))
+            names, towers = Names(names.renames[1:], LANGUAGE_UNUSED), ((tower, seen),)
         meant = {
             "text_config": language_config(folder),
             "encoders": [clip],
