@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class ImageSettings(EncoderSettings):
     brings the finished map to another grid.
     """
 
+    lengths: ClassVar[tuple[str, ...]] = ("image_size",)
+    kept: ClassVar[tuple[str, ...]] = ("patch_size",)  # so that the grid shrinks as the picture does
     image_size: PositiveInt
     resize: Resize = "bilinear_antialias"
     mean: Colour = CLIP_MEAN
@@ -48,13 +50,11 @@ class ImageSettings(EncoderSettings):
         return self
 
 
-def encoder_input(pixel_values: Tensor, settings: ImageSettings, dtype: torch.dtype) -> Tensor:
-    """Bring canonical pictures (I, 3, S, S), float in 0..1 or uint8, to (I, 3, image_size, image_size).
-
-    Works in float32 and casts to ``dtype`` at the end; never clamps, so values outside 0..1 pass through.
+def picture_size(pixel_values: Tensor) -> tuple[int, int]:
+    """Rows and columns of canonical pictures.
 
     Raises:
-        ImageError: if the tensor is no batch of three-colour pictures in one of the two forms.
+        ImageError: if the tensor is no batch of three-colour pictures, float or uint8.
 
     """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
@@ -65,12 +65,30 @@ def encoder_input(pixel_values: Tensor, settings: ImageSettings, dtype: torch.dt
         raise ImageError(
             f"pixel_values must be uint8 in 0..255 or floating point in 0..1, not {pixel_values.dtype}"
         )
+    return pixel_values.shape[2], pixel_values.shape[3]
+
+
+def encoder_input(
+    pixel_values: Tensor,
+    settings: ImageSettings,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Bring canonical pictures (I, 3, H, W), float in 0..1 or uint8, to (I, 3, image_size, image_size).
+
+    ``size`` (rows, columns) takes the place of that square. Works in float32 and casts to ``dtype`` at the
+    end; never clamps, so values outside 0..1 pass through.
+
+    Raises:
+        ImageError: if the tensor is no batch of three-colour pictures in one of the two forms.
+
+    """
+    given, size = picture_size(pixel_values), size or (settings.image_size, settings.image_size)
     x_I3SS = pixel_values.to(torch.float32)
     if pixel_values.dtype == torch.uint8:
         x_I3SS = x_I3SS / 255
-    side = (settings.image_size, settings.image_size)
-    if x_I3SS.shape[-2:] != side:
-        x_I3SS = F.interpolate(x_I3SS, size=side, **_INTERPOLATION[settings.resize])
+    if given != size:
+        x_I3SS = F.interpolate(x_I3SS, size=size, **_INTERPOLATION[settings.resize])
     # Made here, not kept as buffers: unsaved buffers come out as garbage when a model is loaded.
     mean_311, std_311 = (x_I3SS.new_tensor(colour)[:, None, None] for colour in (settings.mean, settings.std))
     return ((x_I3SS - mean_311) / std_311).to(dtype)

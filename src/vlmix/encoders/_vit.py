@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal, Self
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import PositiveInt
@@ -10,6 +12,8 @@ from torch import Tensor
 from vlmix.core.errors import PlanError
 from vlmix.core.tensors import FeatureMap, Grid, VisionSpec
 from vlmix.encoders._pixels import ImageSettings
+
+SHRUNK_LAYERS = 4
 
 
 class VitSettings(ImageSettings):
@@ -21,6 +25,7 @@ class VitSettings(ImageSettings):
     another than ``image_size``: the table keeps its size and is resampled on the way in.
     """
 
+    lengths: ClassVar[tuple[str, ...]] = ()  # its own are rounded to whole patches
     patch_size: PositiveInt
     width: PositiveInt
     layers: PositiveInt
@@ -29,6 +34,19 @@ class VitSettings(ImageSettings):
     feature_layer: int = -1
     table_size: PositiveInt | None = None
 
+    def shrunk(self, factor: int) -> Self:
+        """Four blocks, for fusions that stand between them; behind the one that is read, as before."""
+        patch, layers = self.patch_size, min(self.layers, SHRUNK_LAYERS)
+        behind = min(self.layers - vit_blocks(self), layers - 1)
+        sides = {"image_size": self.image_size, "table_size": self.table_size}
+        found = {key: max(round(side / patch / factor), 1) * patch for key, side in sides.items() if side}
+        return super().shrunk(factor).changed(layers=layers, feature_layer=-1 - behind, **found)
+
+
+def fewer_blocks(chosen: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """Those of the chosen blocks, counted from 0, that ``layers`` layers have; the last one if none."""
+    return tuple(block for block in chosen if block < layers) or ((layers - 1,) if chosen else ())
+
 
 def table_side(settings: VitSettings) -> int:
     """Rows and columns of the stored position table."""
@@ -36,16 +54,22 @@ def table_side(settings: VitSettings) -> int:
 
 
 def resampled_table(
-    table_NC: Float[Tensor, "n c"], side: int, grid: Grid, *, antialias: bool = True
+    table_NC: Float[Tensor, "n c"],
+    side: int,
+    grid: Grid,
+    *,
+    mode: Literal["bicubic", "bilinear"] = "bicubic",
+    antialias: bool = True,
 ) -> Float[Tensor, "m c"]:
-    """A square position table of ``side`` brought to another grid, bicubic, in float32.
+    """A square position table of ``side`` brought to another grid, in float32.
 
     The same grid returns the table itself.
     """
     if grid == (side, side):
         return table_NC
     x_1CHW = FeatureMap(table_NC[None].float(), (side, side)).to_nchw()
-    x_1CHW = F.interpolate(x_1CHW, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    x_1CHW = x_1CHW.contiguous()  # torch 2.15 mixes channels up where they lie innermost and width is 1
+    x_1CHW = F.interpolate(x_1CHW, size=grid, mode=mode, align_corners=False, antialias=antialias)
     return FeatureMap.from_nchw(x_1CHW).tokens[0].to(table_NC.dtype)
 
 

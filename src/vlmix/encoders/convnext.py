@@ -19,7 +19,7 @@ from vlmix.core.errors import PlanError
 from vlmix.core.initial import fan_in
 from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
-from vlmix.core.tensors import FeatureMap, VisionSpec
+from vlmix.core.tensors import FeatureMap, Grid, Resampling, VisionSpec
 from vlmix.encoders._pixels import ImageSettings, encoder_input
 from vlmix.encoders._weights import load_safetensors
 
@@ -30,7 +30,8 @@ STRIDES = (4, 8, 16, 32)
 class ConvnextSettings(ImageSettings):
     """Sizes of the network and which stages to read.
 
-    ``stages`` in ascending order, counted from 0; the network ends with the last of them. ``norm_eps`` is
+    ``stages`` in ascending order, counted from 0; the network ends with the last of them. Several are brought
+    to the finest one's grid, or straight to the one that ``resample`` asks for. ``norm_eps`` is
     1e-6 for large, 1e-5 for xxlarge. ``layer_scale`` is the initial value of the residual scales;
     ``drop_path`` the share of residual branches dropped in training, at the deepest block.
     """
@@ -96,9 +97,13 @@ class ConvnextEncoder(VisionEncoder):
                 f"{stages[-1]}; take {near}"
             )
         side = settings.image_size // STRIDES[stages[0]]
-        alone = len(stages) == 1
-        channels = sum(settings.widths[stage] for stage in stages)
-        return VisionSpec((side, side), channels, blocks=stages[0] + 1 if alone else 1)
+        if len(stages) == 1:
+            return VisionSpec((side, side), settings.widths[stages[0]], blocks=stages[0] + 1)
+        sides = [settings.image_size // STRIDES[stage] for stage in stages]
+        levels = [VisionSpec((n, n), settings.widths[i]) for n, i in zip(sides, stages, strict=True)]
+        channels = sum(level.channels for level in levels)
+        grid, _ = _stacking(settings, (side, side))
+        return VisionSpec(grid, channels, levels=tuple(levels))
 
     def reset(self) -> None:
         """Start from weights that suit any width, and the residual scales from ``layer_scale``."""
@@ -114,18 +119,21 @@ class ConvnextEncoder(VisionEncoder):
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """Stage ``index``, or all stages and their stack where several are read: (I, C, H, W)."""
-        if self.spec.blocks > 1:
+        if len(self.settings.stages) == 1:
             return self._stage(index, x)
-        maps = []
-        for stage in range(self.settings.stages[-1] + 1):
-            x = self._stage(stage, x)
-            if stage in self.settings.stages:
-                maps.append(FeatureMap.from_nchw(x).resampled(self.spec.grid).tokens)
-        return FeatureMap(torch.cat(maps, dim=-1), self.spec.grid).to_nchw()
+        grid, mode = _stacking(self.settings, self.spec.grid)
+        stacked = torch.cat([level.resampled(grid, mode).tokens for level in self._levels(x)], dim=-1)
+        return FeatureMap(stacked, grid).to_nchw()
 
     def finish(self, x: Tensor) -> FeatureMap:
         """The map's positions as tokens."""
         return FeatureMap.from_nchw(x)
+
+    def levels(self, pixel_values: Tensor) -> list[FeatureMap]:
+        """The chosen stages, each on its own grid, where several are read and nothing resamples them."""
+        if not self.spec.levels or self.resample is not None:
+            return [self(pixel_values)]
+        return self._levels(self.embed(pixel_values))
 
     def load_weights(self, source: str) -> None:
         """Load an OpenCLIP model or a timm ConvNeXt from a hub id or folder.
@@ -143,6 +151,15 @@ class ConvnextEncoder(VisionEncoder):
             unused=(*_HEADS, rf"stages\.({behind})\."),
         )
 
+    def _levels(self, x: Tensor) -> list[FeatureMap]:
+        """Run every stage and keep the chosen ones."""
+        found = []
+        for stage in range(self.settings.stages[-1] + 1):
+            x = self._stage(stage, x)
+            if stage in self.settings.stages:
+                found.append(FeatureMap.from_nchw(x))
+        return found
+
     def _stage(self, index: int, x: Tensor) -> Tensor:
         stage: Any = self.tower.stages[index]
         x = stage.downsample(x)
@@ -152,6 +169,14 @@ class ConvnextEncoder(VisionEncoder):
             else:
                 x = block(x)
         return x
+
+
+def _stacking(settings: ConvnextSettings, finest: Grid) -> tuple[Grid, Resampling]:
+    """Where several stages meet and how they get there: at once where their stack would be interpolated."""
+    wanted = settings.resample
+    if wanted is None or wanted.mode in ("token_major", "channel_major"):
+        return finest, "bilinear"
+    return wanted.grid, wanted.mode
 
 
 # The classifier, OpenCLIP's projection and its text side.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import transformers.initialization as init
@@ -22,7 +22,7 @@ from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
 from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.encoders._pixels import encoder_input
-from vlmix.encoders._vit import VitSettings, resampled_table, table_side, vit_spec
+from vlmix.encoders._vit import VitSettings, fewer_blocks, resampled_table, table_side, vit_spec
 from vlmix.encoders._weights import load_safetensors
 
 _NORM_EPS = 1e-6
@@ -49,6 +49,12 @@ class Eva02Settings(VitSettings):
     rope_grid: PositiveInt = 16
     rope_theta: PositiveFloat = 10000.0
     table_size: PositiveInt | None = 224
+    lengths: ClassVar[tuple[str, ...]] = ("window",)
+
+    def shrunk(self, factor: int) -> Self:
+        """As every vision transformer, with global blocks among those that are left."""
+        small = super().shrunk(factor)
+        return small.changed(global_blocks=fewer_blocks(self.global_blocks, small.layers))
 
     @classmethod
     def tiny(cls) -> Self:

@@ -1,8 +1,8 @@
 """Pix2Struct's encoder: patches of a picture that is made as large as the number of patches allows.
 
-The defaults are Pix2Struct-large with 2048 patches: a square picture becomes 45 x 45 tokens. Patches are cut
-in torch where the pixels are; the published processor does it on the host. A canonical picture is square, so
-no slot is padding.
+The defaults are Pix2Struct-large with 2048 patches (Lee et al., arXiv:2210.03347): a square picture becomes
+45 x 45 tokens. A rectangle gets the grid its proportions ask for, and its map is brought to the square's.
+Patches are cut in torch where the pixels are; the published processor does it on the host.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pydantic import PositiveInt
 from torch import Tensor
 from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
 
-from vlmix.core.errors import PlanError
+from vlmix.core.errors import ImageError, PlanError
 from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
-from vlmix.core.tensors import FeatureMap, VisionSpec
-from vlmix.encoders._pixels import Colour, ImageSettings, encoder_input
+from vlmix.core.tensors import FeatureMap, Grid, VisionSpec
+from vlmix.encoders._aspect import cut_patches, on_grid, planned_map
+from vlmix.encoders._pixels import Colour, ImageSettings, encoder_input, picture_size
 from vlmix.encoders._weights import load_safetensors
 
 _INSIDE = re.compile(r"^encoder\.(?=embeddings\.|encoder\.|layernorm\.)")  # of the whole model
@@ -30,8 +31,9 @@ _INSIDE = re.compile(r"^encoder\.(?=embeddings\.|encoder\.|layernorm\.)")  # of 
 class Pix2structSettings(ImageSettings):
     """Sizes of the encoder.
 
-    ``patches`` is the most patches there may be; ``positions`` the rows of each position table. Every picture
-    is normalised by its own mean and deviation, so ``mean`` and ``std`` keep their values of 0 and 1.
+    ``patches`` is the most patches there may be; ``positions`` the rows of each position table. A square
+    picture is brought to ``image_size`` first; a rectangle is taken as it is. Every picture is normalised by
+    its own mean and deviation, so ``mean`` and ``std`` keep their values of 0 and 1.
     """
 
     kind: Literal["pix2struct"] = "pix2struct"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -46,6 +48,11 @@ class Pix2structSettings(ImageSettings):
     positions: PositiveInt = 4096
     mean: Colour = (0.0, 0.0, 0.0)
     std: Colour = (1.0, 1.0, 1.0)
+
+    def shrunk(self, factor: int) -> Self:
+        """As every encoder, with patches and positions in proportion to the picture's area."""
+        areas = {"patches": self.patches // factor**2 or 1, "positions": self.positions // factor**2 or 2}
+        return super().shrunk(factor).changed(**areas)
 
     @classmethod
     def tiny(cls) -> Self:
@@ -102,33 +109,40 @@ class Pix2structEncoder(VisionEncoder):
         return VisionSpec((side, side), settings.width, blocks=settings.layers, token_blocks=True)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """Patches of the normalised and resized picture, with rows and columns: (I, N, C)."""
-        parts, patch, side = self.tower.embeddings, self.settings.patch_size, self.spec.grid[0]
-        x_I3SS = 255 * encoder_input(pixel_values, self.settings, torch.float32)
-        spread = x_I3SS.std(dim=(1, 2, 3), keepdim=True, correction=0)
-        x_I3SS = (x_I3SS - x_I3SS.mean(dim=(1, 2, 3), keepdim=True)) / spread.clamp_min(
-            x_I3SS[0].numel() ** -0.5
+        """Patches of the normalised and resized picture, with rows and columns.
+
+        (I, N, C) on the planned grid, (I, H, W, C) where a rectangle has another.
+
+        Raises:
+            ImageError: if the picture is so long that the position tables end before it.
+
+        """
+        parts, patch = self.tower.embeddings, self.settings.patch_size
+        given = picture_size(pixel_values)
+        square = given[0] == given[1]
+        rows, columns = self.spec.grid if square else self._grid(*given)
+        x_I3HW = 255 * encoder_input(pixel_values, self.settings, torch.float32, None if square else given)
+        spread = x_I3HW.std(dim=(1, 2, 3), keepdim=True, correction=0)
+        x_I3HW = (x_I3HW - x_I3HW.mean(dim=(1, 2, 3), keepdim=True)) / spread.clamp_min(
+            x_I3HW[0].numel() ** -0.5
         )
-        x_I3SS = F.interpolate(
-            x_I3SS, size=(side * patch, side * patch), mode="bilinear", align_corners=False, antialias=True
+        size = (rows * patch, columns * patch)
+        x_I3HW = F.interpolate(x_I3HW, size=size, mode="bilinear", align_corners=False, antialias=True)
+        patches_INC = cut_patches(x_I3HW, patch).to(parts.patch_projection.weight.dtype)
+        x_INC = (
+            parts.patch_projection(patches_INC)
+            + parts.row_embedder(_places(rows, x_I3HW)).repeat_interleave(columns, 0)
+            + parts.column_embedder(_places(columns, x_I3HW)).repeat(rows, 1)
         )
-        cells = x_I3SS.unflatten(2, (side, patch)).unflatten(4, (side, patch))
-        patches_INC = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        places = torch.arange(1, side + 1, device=x_I3SS.device)
-        rows, columns = parts.row_embedder(places), parts.column_embedder(places)
-        return (
-            parts.patch_projection(patches_INC.to(parts.patch_projection.weight.dtype))
-            + rows.repeat_interleave(side, 0)
-            + columns.repeat(side, 1)
-        )
+        return on_grid(x_INC, (rows, columns), self.spec.grid)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """Transformer block ``index``."""
-        return self.tower.encoder.layer[index](x, None)[0]
+        return self.tower.encoder.layer[index](x.flatten(1, -2), None)[0].view(x.shape)
 
     def finish(self, x: Tensor) -> FeatureMap:
         """Every token, normed."""
-        return FeatureMap(self.tower.layernorm(x), self.spec.grid)
+        return planned_map(self.tower.layernorm(x), self.spec.grid)
 
     def load_weights(self, source: str) -> None:
         """Load the encoder of a Pix2Struct model from a hub id or folder.
@@ -144,3 +158,20 @@ class Pix2structEncoder(VisionEncoder):
             rename=lambda name: _INSIDE.sub("", name),
             unused=(r"decoder\.",),
         )
+
+    def _grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of the largest grid that keeps a rectangle's proportions, as published."""
+        patch, most = self.settings.patch_size, self.settings.patches
+        # In the published order of operations: whole numbers are cut off, so the last bit matters.
+        scale = (most * (patch / height) * (patch / width)) ** 0.5
+        rows, columns = (max(min(int(scale * side / patch), most), 1) for side in (height, width))
+        if max(rows, columns) >= self.settings.positions:
+            raise ImageError(
+                f"pix2struct: a picture of {height} x {width} takes {rows} x {columns} patches, but there "
+                f"are positions for {self.settings.positions - 1}; cut the picture, or lower `patches`"
+            )
+        return rows, columns
+
+
+def _places(count: int, like: Tensor) -> Tensor:
+    return torch.arange(1, count + 1, device=like.device)  # 0 is the place of padding

@@ -17,7 +17,7 @@ from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
 from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.encoders._pixels import Colour, encoder_input
-from vlmix.encoders._vit import VitSettings, vit_spec
+from vlmix.encoders._vit import VitSettings, fewer_blocks, vit_spec
 from vlmix.encoders._weights import load_safetensors
 
 
@@ -42,6 +42,12 @@ class SamSettings(VitSettings):
     neck_channels: PositiveInt = 256
     mean: Colour = (0.485, 0.456, 0.406)
     std: Colour = (0.229, 0.224, 0.225)
+
+    def shrunk(self, factor: int) -> Self:
+        """As every vision transformer, with windows and global blocks that suit; windows need not divide."""
+        small = super().shrunk(factor)
+        window = max(self.window // factor, 2) if self.window else 0
+        return small.changed(window=window, global_blocks=fewer_blocks(self.global_blocks, small.layers))
 
     @classmethod
     def tiny(cls) -> Self:

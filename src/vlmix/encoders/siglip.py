@@ -1,6 +1,7 @@
 """SigLIP vision transformer: any layer's tokens; it has no class token.
 
-The defaults are SigLIP so400m/14 at 384 pixels, read after its last block and final norm.
+The defaults are SigLIP so400m/14 at 384 pixels, read after its last block and final norm. SigLIP 2 models of
+fixed resolution are stored in the same form and load here; those of any shape (NaFlex) are ``siglip2``.
 """
 
 from __future__ import annotations
