@@ -107,7 +107,7 @@ def test_pictures_matter_and_text_alone_runs_no_encoder(monkeypatch):
     inputs = batch(network, images=(1,))
     other = {**inputs, "pixel_values": 255 - inputs["pixel_values"]}
     assert not torch.equal(network(**inputs).logits, network(**other).logits)
-    monkeypatch.setattr(network.model, "get_image_features", None)
+    monkeypatch.setattr(network.model, "see", None)
     text = batch(network, images=(0, 0))
     assert network(**text).logits.isfinite().all()
     del text["pixel_values"]

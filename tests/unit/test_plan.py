@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.tiny import DECODERS, config
+from tests.tiny import DECODERS, config, text_config
+from vlmix.models.flops import flop_counter
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.plan import parameter_count, plan_model
 
@@ -39,3 +41,24 @@ def test_activation_memory_grows_with_rows_and_shrinks_with_freezing():
     assert 1.7 * one < two < 2.1 * one
     network.model.encoders.requires_grad_(False)
     assert training_bytes(network, rows=1, images=1, text_tokens=8) < one
+
+
+def test_depthwise_convolutions_and_grouped_experts_are_counted_for_what_they_do():
+    with torch.device("meta"):
+        x_ICHW = torch.empty(1, 64, 32, 32, requires_grad=True)
+        for groups in (1, 64):
+            layer = torch.nn.Conv2d(64, 64, 7, padding=3, groups=groups)
+            with flop_counter() as forward:
+                layer(x_ICHW)
+            with flop_counter() as both:
+                layer(x_ICHW).sum().backward()
+            assert forward.get_total_flops() == 2 * 64 * 32 * 32 * (64 // groups) * 49
+            assert both.get_total_flops() == 3 * forward.get_total_flops()
+    shared = {key: value for key, value in text_config().items() if key != "model_type"}
+    flops = []
+    for kind, more in (("llama", {}), ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})):
+        settings = config()
+        settings.text_config = CONFIG_MAPPING[kind](**shared, **more)
+        flops.append(plan_model(settings, text_tokens=5).parts[-1].flops)
+    layers, tokens, expert, router = 2, 16 + 5, 3 * 32 * 48, 32 * 4
+    assert flops[1] - flops[0] == 2 * layers * tokens * (expert + router)

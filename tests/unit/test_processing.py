@@ -78,7 +78,7 @@ def test_a_batch_pads_either_side_and_holds_the_pictures_in_order(processor) -> 
     ]
     encoded = [processor.encode(sample, supervise=True) for sample in samples]
     right = processor.collate(encoded)
-    left = processor.collate(encoded, padding_side="left", pixels=[processor.open_images(e) for e in encoded])
+    left = processor.collate(encoded, padding_side="left", opened=[processor.open_images(e) for e in encoded])
     for row, item in enumerate(encoded):
         size = len(item.input_ids)
         for batch, where in ((right, slice(0, size)), (left, slice(-size, None))):
@@ -218,7 +218,7 @@ def test_messages_become_the_prompt_the_sample_becomes(processor, tmp_path) -> N
             user({"type": "image", **source}, "How many?"), add_generation_prompt=True, tokenize=True
         )
         assert batch["input_ids"].tolist() == [encoded.input_ids]
-        assert torch.equal(batch["pixel_values"], processor.open_images(encoded))
+        assert torch.equal(batch["pixel_values"], processor.open_images(encoded).pixel_values)
     supplied = processor.apply_chat_template(
         [user(PICTURE, "How many?"), [{"role": "user", "content": "?"}]],
         images=[RED],
@@ -305,7 +305,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path) -> None:
         assert (again.max_length, again.tokenizer.padding_side) == (777, "left")
         first, second = saved.encode(sample, supervise=True), again.encode(sample, supervise=True)
         assert (first.input_ids, first.labels) == (second.input_ids, second.labels)
-        assert torch.equal(saved.open_images(first), again.open_images(second))
+        assert torch.equal(saved.open_images(first).pixel_values, again.open_images(second).pixel_values)
     assert saved.to_dict()["image_processor"]["image_size"] == 8
 
 

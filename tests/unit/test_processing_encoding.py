@@ -84,12 +84,16 @@ def test_only_answers_are_learnt_and_only_the_template_controls(make, turns: lis
     assert len(ids) == len(labels)
     assert all(label in (IGNORED, number) for number, label in zip(ids, labels, strict=True))
     # One by one, each control segment's tokens: what was said may not add or take away any.
-    image = coder.image_ids[0]
+    image = coder.image_token_id
     genuine = [
         number
         for part in segments
         if part.kind != "text"
-        for number in (coder.image_ids if part.kind == "image" else coder.encode([part], add_bos=False)[0])
+        for number in (
+            [image] * coder.image_seq_length
+            if part.kind == "image"
+            else coder.encode([part], add_bos=False)[0]
+        )
         if number in coder.control
     ]
     bos = coder.encode([Segment("text", "x")])[0][: len(coder.encode([])[0])]
@@ -140,7 +144,7 @@ def test_begin_of_text_comes_once() -> None:
 def test_each_run_between_pictures_is_tokenised_alone() -> None:
     coder = encoder(sentence_piece_like())
     segments = render("{{ messages[0].content[0].text }}<image> How", [Turn("user", ("How", PICTURE))])
-    how, image = coder.tokenizer.convert_tokens_to_ids("▁How"), coder.image_ids[0]
+    how, image = coder.tokenizer.convert_tokens_to_ids("▁How"), coder.image_token_id
     assert coder.encode(segments)[0] == [coder.tokenizer.bos_token_id, how, image, image, image, how]
 
 

@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vlmix.core.sample import ImageRef, Turn
 from vlmix.models.encoding import IGNORED, SegmentEncoder
-from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.rendering import prompt_text, render
 from vlmix.models.templates import load_template
 
@@ -32,6 +29,8 @@ MISTRAL = dict.fromkeys(["mistral_instruct", "llava_llama_2"], "mistral_mgm")
 CHATML = dict.fromkeys(["chatml_direct", "mpt"], "chatml")
 OURS = {**VICUNA, **PHI, **MISTRAL, **CHATML, "gemma": "gemma", "llama_3": "llama3_mgm", "plain": "plain"}
 OTHER_SYSTEM = {"v1_mmtag", "mpt", "llava_llama_2"}
+# `v0` belongs to the first LLaVA: its training text and its prompt differ, and its mask drifts (see below).
+# `openchat` is a decoder's own template, of the sparse models.
 NOT_SHIPPED = {"v0", "openchat"}
 
 # Their own mask is at fault: every label is -100 after a printed warning (goldens README, surprise 12).
@@ -144,6 +143,17 @@ def test_every_exclusion_is_counted() -> None:
     assert (len(cases), len(known), excluded) == (145, 131, [23, 9, 2])
 
 
+def test_the_mask_of_v0_is_at_fault() -> None:
+    """It drifts by a few tokens a turn: the next header is taught as the answer, and words are lost."""
+    cases = [case for case in load("llava")["cases"] if case["version"] == "v0"]
+    lost = 0
+    for case in cases:
+        answers = [turn["value"] for turn in case["conversations"] if turn["from"] == "gpt"]
+        assert "### Human" in case["target_text"] or "###" in case["target_text"][-6:]
+        lost += not all(" ".join(answer.split()) in case["target_text"] for answer in answers)
+    assert (len(cases), lost) == (6, 2)
+
+
 @pytest.mark.parametrize(
     ("system", "case"),
     [case for name in ("llava", "mgm", "moe") for case in shipped(name, "generation_prompts")],
@@ -154,14 +164,3 @@ def test_generation_prompts(system: str, case: dict[str, Any], tokenizers: dict[
     prompt, ids, labels = ours(tokenizer, OURS[case["version"]], turns, prompt=True)
     assert (prompt, ids) == (case["prompt"], case["input_ids"])
     assert set(labels) == {IGNORED}
-
-
-@pytest.mark.parametrize("side", [42, 56])
-def test_padding_is_llavas_expand2square(side: int) -> None:
-    folder = GOLDENS / "preprocess"
-    pictures = [ImageRef(folder / "images" / f"{name}.png") for name in ("tall", "wide", "square")]
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    theirs = load_file(folder / "llava.safetensors")[f"pad.{side}"]
-    pixels = VlmixImageProcessor(side, "pad").pixels(pictures)
-    assert torch.equal(pixels, ((theirs * std + mean) * 255).round().to(torch.uint8))

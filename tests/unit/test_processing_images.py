@@ -24,7 +24,7 @@ def left_right(width: int, height: int) -> Image.Image:
 
 def test_each_fit_does_what_it_says() -> None:
     wide = [ImageRef(left_right(32, 8))]
-    padded, stretched, cropped = (VlmixImageProcessor(16, fit).pixels(wide)[0] for fit in FITS)
+    padded, stretched, cropped = (VlmixImageProcessor(16, fit).open(wide).pixel_values[0] for fit in FITS)
     assert padded[:, 0, 0].tolist() == padded[:, 15, 15].tolist() == [122, 116, 104]
     assert (padded[0, 8, 0], padded[0, 8, 15]) == (255, 0)
     assert (stretched[:, :, 0] == 255).all()
@@ -36,16 +36,15 @@ def test_each_fit_does_what_it_says() -> None:
 def test_a_picture_of_the_right_size_is_not_touched() -> None:
     pixels_HW3 = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for fit in FITS:
-        out = VlmixImageProcessor(16, fit).pixels([ImageRef(Image.fromarray(pixels_HW3))])
+        out = VlmixImageProcessor(16, fit).open([ImageRef(Image.fromarray(pixels_HW3))]).pixel_values
         assert np.array_equal(out[0].permute(1, 2, 0).numpy(), pixels_HW3)
 
 
 @settings(max_examples=40, deadline=None)
 @given(width=st.integers(1, 90), height=st.integers(1, 90), fit=st.sampled_from(FITS))
 def test_any_shape_gives_the_canonical_shape(width: int, height: int, fit: str) -> None:
-    out = VlmixImageProcessor(24, fit, pad_color=(9, 9, 9)).pixels(
-        [ImageRef(Image.new("RGB", (width, height), (9, 9, 9)))]
-    )
+    picture = ImageRef(Image.new("RGB", (width, height), (9, 9, 9)))
+    out = VlmixImageProcessor(24, fit, pad_color=(9, 9, 9)).open([picture]).pixel_values
     assert (out.shape, out.dtype, out.is_contiguous()) == ((1, 3, 24, 24), torch.uint8, True)
     assert (out == 9).all()
 
@@ -58,7 +57,7 @@ def test_a_thread_of_a_picture_costs_little(fit: str, size: tuple[int, int], mon
     monkeypatch.setattr(
         Image, "new", lambda mode, size, *rest: largest.append(size) or new(mode, size, *rest)
     )
-    assert VlmixImageProcessor(8, fit).pixels([ImageRef(new("RGB", size))]).shape == (1, 3, 8, 8)
+    assert VlmixImageProcessor(8, fit).open([ImageRef(new("RGB", size))]).pixel_values.shape == (1, 3, 8, 8)
     assert all(width * height <= 36_000_000 for width, height in largest)
 
 

@@ -87,6 +87,7 @@ def test_a_recipe_reads_as_written_with_defaults_filled_in(base):
         ("tokenizer: {train: {vocab_size: 400}}", "tokenizer: {}", "exactly one of `weights`"),
         ("{model_type: llama, rms_norm_eps: 1e-5}", "{hidden_size: 3}", "either `weights`"),
         ("{model_type: llama, rms_norm_eps: 1e-5}", "{weights: a, b: 1}", "remove the other keys"),
+        ("{model_type: llama, rms_norm_eps: 1e-5}", "{weights: a, config: {b: 1}}", "`config` is a text"),
         ("name: align", "name: Align It", r"stages\.0\.name"),
         ('{"projector.*": 1e-3, "fusion.*": 2e-4}', "{}", r"stages\.0\.train"),
         ("stages:\n", "stages: []\nother:\n", r"other: unknown key"),
@@ -155,6 +156,8 @@ def test_base_merges_mappings_and_replaces_lists(tmp_path, base):
     assert recipe.model.encoders == [{"kind": "siglip"}]
     assert recipe.model.projector == {"kind": "linear", "depth": 3}
     assert recipe.stages == load_recipe(base).stages
+    with pytest.raises(RecipeError, match=r"item\.yaml: stages\.tune: the base has no such item, only align"):
+        load_recipe(written(tmp_path / "item.yaml", "base: base.yaml\nstages: {tune: {steps: 3}}\n"))
     base.write_text("base: top.yaml\n" + BASE)
     with pytest.raises(
         RecipeError, match=r"leads back to itself: .*top\.yaml -> .*middle.* -> .*base.* -> .*top"
@@ -163,6 +166,26 @@ def test_base_merges_mappings_and_replaces_lists(tmp_path, base):
     top.write_text("base: 3")
     with pytest.raises(RecipeError, match="`base` is the path"):
         load_recipe(top)
+
+
+def test_a_mapping_over_a_list_changes_its_items_by_name_or_place(tmp_path, base):
+    text = """
+base: base.yaml
+model: {encoders: {1: {kind: siglip, layers: 3}}}
+stages: {align: {steps: 3, train: {"fusion.*": 5e-4}, before: {0: null}}}
+evals: {0: {limit: null}}
+"""
+    old, new = load_recipe(base), load_recipe(written(tmp_path / "new.yaml", text))
+    assert new.model.encoders == [old.model.encoders[0], {"kind": "siglip", "layers": 3}]
+    assert (new.stages[0].steps, new.stages[0].batch_size, new.stages[0].before) == (3, 8, [])
+    assert new.stages[0].train == {"projector.*": 1e-3, "fusion.*": 5e-4}
+    assert new.evals[0].limit is None
+    assert load_recipe(base, ["stages.0.before.0=null", "evals.0=null"]).evals == []
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
 
 
 def test_overrides_change_values_by_path(base):
@@ -244,7 +267,7 @@ def test_the_schema_describes_every_stage_key():
 def test_every_shipped_recipe_loads(name):
     recipe = load_recipe(name)
     assert isinstance(recipe, Recipe)
-    assert recipe.name == name.rpartition("/")[2]
+    assert recipe.name in {name.replace("/", "_"), name.rpartition("/")[2]}
 
 
 def test_reading_a_recipe_needs_no_torch(base):

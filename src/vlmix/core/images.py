@@ -46,6 +46,14 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TRANSPOSED: Final = frozenset(
+    (
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+    )
+)
 _ORIENTATION_TAG: Final = 0x0112
 _PLAIN_MODES: Final = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"})
 _16_BIT_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I"})
@@ -86,6 +94,31 @@ def open_image(source: Path | bytes | Image.Image) -> Image.Image:
         return _decode(file, str(source))
 
 
+def image_size(source: Path | bytes | Image.Image) -> tuple[int, int]:
+    """Width and height of the upright picture ``open_image`` gives, from the header alone if it says all.
+
+    Raises:
+        ImageError: as ``open_image``, as far as the header shows.
+
+    """
+    if isinstance(source, Image.Image):
+        image = open_image(source)
+        return image.size
+    if isinstance(source, bytes):
+        return _header_size(io.BytesIO(source), f"the picture of {len(source)} bytes")
+    with _open_regular(source) as file:
+        return _header_size(file, str(source))
+
+
+def _header_size(file: IO[bytes], name: str) -> tuple[int, int]:
+    kind, image = _opened(file, name)
+    try:
+        turned = _UPRIGHT.get(_orientation(image)) in _TRANSPOSED
+    except _DAMAGE as error:
+        raise _damaged(name, kind, error) from None
+    return (image.height, image.width) if turned else image.size
+
+
 def _from_memory(image: Image.Image) -> Image.Image:
     if type(image) is Image.Image and image.mode == "RGB" and not image.info and image.width and image.height:
         return image
@@ -112,6 +145,12 @@ def _open_regular(path: Path) -> IO[bytes]:
 
 
 def _decode(file: IO[bytes], name: str) -> Image.Image:
+    kind, image = _opened(file, name)
+    return _finish(image, name, kind)
+
+
+def _opened(file: IO[bytes], name: str) -> tuple[str, Image.Image]:
+    """The kind of a file and its picture, whose pixels are not decoded yet."""
     head = file.read(64)
     file.seek(0)
     kind = next((kind for kind, (magic, _) in _KINDS.items() if magic.match(head)), None)
@@ -125,7 +164,7 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
     except _DAMAGE as error:
         raise _damaged(name, kind, error) from None
     _check_size(image.width, image.height, name)
-    return _finish(image, name, kind)
+    return kind, image
 
 
 def _webp_size(head: bytes, name: str) -> tuple[int, int]:

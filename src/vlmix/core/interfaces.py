@@ -102,9 +102,18 @@ class VisionEncoder(Part):
             x = self.block(index, x)
         return self.finish(x) if self.resample is None else self.resample.apply(self.finish(x))
 
+    def levels(self, pixel_values: Float[Tensor, "i 3 s s"]) -> list[FeatureMap]:
+        """The scales that ``promise`` names in ``levels``, each on its own grid; else the map alone."""
+        return [self(pixel_values)]
+
 
 class Fusion(Part):
-    """Several encoders -> one feature map. Built from its settings and the encoders' specs."""
+    """Several encoders -> one feature map. Built from its settings and the encoders' specs.
+
+    One that ``reads_masks`` is told which cells of its encoders' maps are padding.
+    """
+
+    reads_masks: ClassVar[bool] = False
 
     def reset(self) -> None:
         """Start from weights that keep the size of what passes through, at any width."""
@@ -120,6 +129,11 @@ class Fusion(Part):
 
         """
 
+    @classmethod
+    def warnings(cls, settings: Any, specs: Sequence[VisionSpec]) -> list[str]:
+        """What works with these encoders, but hardly as it was meant; ``plan`` has accepted them before."""
+        return []
+
     @abstractmethod
     def forward(
         self,
@@ -128,6 +142,21 @@ class Fusion(Part):
         context: TextContext | None = None,
     ) -> FeatureMap:
         """Run the encoders on the canonical images and fuse what they see."""
+
+    @classmethod
+    def inside_decoder(cls, settings: Any) -> tuple[tuple[int, ...], int] | None:
+        """Decoder layers, from 0, behind which ``refine`` sees visual tokens again; the decoder's width."""
+        return None
+
+    def refine(
+        self, place: int, tokens_ND: Float[Tensor, "n d"], memory: Any, cells_N: Tensor | None
+    ) -> Float[Tensor, "n d"]:
+        """Visual tokens behind the layer at ``place`` in ``inside_decoder`` -> the same tokens, refined.
+
+        ``memory`` is that of the map ``forward`` gave; ``cells_N`` are the tokens' cells in it, counted over
+        all views, or ``None`` for all in order.
+        """
+        raise TypeError(f"{type(self).__name__} does nothing inside the decoder")
 
 
 class LateFusion(Fusion):

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vlmix.core.interfaces import Benchmark, Fusion, Projector, Source, VisionEncoder
+    from vlmix.core.views import Views
 
 ENCODERS: Registry[VisionEncoder] = Registry("vlmix.encoders", "encoder")
+VIEWS: Registry[Views] = Registry("vlmix.views", "views")
 FUSIONS: Registry[Fusion] = Registry("vlmix.fusion", "fusion")
 PROJECTORS: Registry[Projector] = Registry("vlmix.projectors", "projector")
 SOURCES: Registry[Source] = Registry("vlmix.data.sources", "data source")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import PositiveInt
 
 from vlmix.core.errors import PlanError
-from vlmix.core.settings import PartSettings, Settings
+from vlmix.core.settings import PartSettings, Settings, divided
 from vlmix.core.tensors import FeatureMap, VisionSpec
 
 _JOINS = ("token_major", "channel_major")
@@ -48,6 +48,20 @@ class ResampleSettings(Settings):
 
 
 class EncoderSettings(PartSettings):
-    """Base of every encoder's settings."""
+    """Base of every encoder's settings.
+
+    ``sees`` the views that the model's tiling makes of a picture, or the whole picture once; its map is then
+    divided among the views.
+    """
 
     resample: ResampleSettings | None = None
+    sees: Literal["views", "picture"] = "views"
+
+    def shrunk(self, factor: int) -> Self:
+        """As for every part, with the resampled grid divided as well."""
+        small = super().shrunk(factor)
+        if self.resample is None:
+            return small
+        return small.changed(
+            resample={"grid": divided(self.resample.grid, factor, "grid"), "mode": self.resample.mode}
+        )

@@ -31,6 +31,17 @@ class ImageRef:
 
         return open_image(self.source)
 
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture that ``open`` returns; no pixel is decoded where a header tells.
+
+        Raises:
+            ImageError: as ``open``, as far as the header shows.
+
+        """
+        from vlmix.core.images import image_size
+
+        return image_size(self.source)
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:

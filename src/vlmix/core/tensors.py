@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -30,13 +30,16 @@ class VisionSpec:
 
     ``blocks`` is the number of steps a fusion inside the backbone may run one by one. With ``token_blocks``
     each of them takes and gives (I, prefix + N, C), the patch tokens last, so that a fusion may change them.
-    A strip of tokens without a rectangle has the grid ``(1, n)``.
+    A strip of tokens without a rectangle has the grid ``(1, n)``. ``levels`` are the scales the map is made
+    of, if it is: all brought to ``grid`` (bilinear, edges aligned) and stacked on channels in this order they
+    are the map. Empty: the map itself is the only level.
     """
 
     grid: Grid
     channels: int
     blocks: int = 1
     token_blocks: bool = False
+    levels: tuple[VisionSpec, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -48,6 +51,9 @@ class VisionSpec:
 class FeatureMap:
     """Visual tokens in row-major order with the grid they fill.
 
+    ``mask`` is true of the cells that show the picture, where a fusion reads it; ``memory`` is what a fusion
+    keeps for its ``refine`` inside the decoder. Neither survives resampling.
+
     Raises:
         ValueError: if the tokens do not fill the grid.
 
@@ -55,6 +61,8 @@ class FeatureMap:
 
     tokens: Float[Tensor, "i n c"]
     grid: Grid
+    mask: Bool[Tensor, "i n"] | None = None
+    memory: Any = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or self.tokens.shape[1] != math.prod(self.grid):
@@ -66,9 +74,9 @@ class FeatureMap:
         return FeatureMap(x_ICHW.flatten(2).transpose(1, 2), (x_ICHW.shape[-2], x_ICHW.shape[-1]))
 
     def to_nchw(self) -> Float[Tensor, "i c h w"]:
-        """Lay the tokens out as channels, rows, columns."""
+        """Lay the tokens out as channels, rows, columns: a view, whose memory stays in the tokens' order."""
         i, _, c = self.tokens.shape
-        return self.tokens.transpose(1, 2).reshape(i, c, *self.grid)
+        return self.tokens.view(i, *self.grid, c).permute(0, 3, 1, 2)
 
     def resampled(self, grid: Grid, mode: Resampling = "bilinear") -> FeatureMap:
         """Bring the map to another grid, in float32; the same grid returns the map itself.

@@ -15,8 +15,9 @@ from vlmix.core.errors import InputError
 from vlmix.core.sample import Answer, Decoding, Sample
 
 if TYPE_CHECKING:
+    from vlmix.models.batching import Encoded, Opened
     from vlmix.models.modeling import VlmixForConditionalGeneration
-    from vlmix.models.processing import Encoded, VlmixProcessor
+    from vlmix.models.processing import VlmixProcessor
 
 _BATCHES_AT_ONCE = 8
 """Samples are sorted by length among this many batches, so that little of a batch is padding."""
@@ -63,20 +64,20 @@ class ModelResponder:
     def _answer_batch(self, batch: Mapping[int, Encoded], decoding: Decoding) -> Mapping[int, Answer]:
         started = time.perf_counter()
         answers: dict[int, Answer] = {}
-        pixels: dict[int, Tensor] = {}
+        opened: dict[int, Opened] = {}
         for index, encoded in batch.items():
             try:
-                pixels[index] = self.processor.open_images(encoded)
+                opened[index] = self.processor.open_images(encoded)
             except InputError as error:
                 answers[index] = Answer(encoded.sample_id, "", error=str(error))
-        if not pixels:
+        if not opened:
             return answers
         inputs = self.processor.collate(
-            [batch[index] for index in pixels], padding_side="left", pixels=list(pixels.values())
+            [batch[index] for index in opened], padding_side="left", opened=list(opened.values())
         )
         texts = self._generate(inputs, decoding)
         seconds = (time.perf_counter() - started) / len(batch)
-        for index, (text, tokens) in zip(pixels, texts, strict=True):
+        for index, (text, tokens) in zip(opened, texts, strict=True):
             answers[index] = Answer(batch[index].sample_id, text, tokens, seconds)
         return answers
 

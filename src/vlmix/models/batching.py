@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from vlmix.core.sample import ImageRef
@@ -45,7 +45,29 @@ def pad_ids(coded: Sequence[Sequence[int]], pad_id: int, side: Side) -> dict[str
     return {"input_ids": pad_rows(coded, pad_id, side), "attention_mask": pad_rows(ones, 0, side)}
 
 
-def join_pixels(opened: Iterable[Tensor]) -> dict[str, Tensor]:
-    """``pixel_values`` of a batch in order, or nothing where there is no picture: then no encoder runs."""
-    pixels = [pixels_I3SS for pixels_I3SS in opened if pixels_I3SS.shape[0]]
-    return {"pixel_values": torch.cat(pixels)} if pixels else {}
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The pictures of one conversation as the model takes them.
+
+    ``pixel_values`` (I, 3, S, S), or the views of all pictures with their ``image_tilings`` (I, 4) where
+    pictures are cut; ``picture_values`` are then whole ones, where an encoder sees them.
+    """
+
+    pixel_values: UInt8[Tensor, "v 3 s s"]
+    image_tilings: Int64[Tensor, "i 4"] | None = None
+    picture_values: UInt8[Tensor, "i 3 p p"] | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """What there is, under the names of the model's arguments."""
+        found = {
+            "pixel_values": self.pixel_values,
+            "image_tilings": self.image_tilings,
+            "picture_values": self.picture_values,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def join_pictures(opened: Iterable[Opened]) -> dict[str, Tensor]:
+    """All pictures of a batch in order, or nothing where there is none: then no encoder runs."""
+    shown = [each.named() for each in opened if each.pixel_values.shape[0]]
+    return {name: torch.cat([each[name] for each in shown]) for name in (shown[0] if shown else ())}

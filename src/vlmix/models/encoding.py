@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice, repeat
 from typing import Final, cast
 
 from tokenizers import Tokenizer
@@ -45,7 +45,7 @@ class SegmentEncoder:
                 "Load it as a fast tokenizer (a folder with tokenizer.json)."
             )
         self.tokenizer, self.template, self.size = tokenizer, template, len(tokenizer)
-        self.image_ids = [image_token_id] * image_seq_length
+        self.image_token_id, self.image_seq_length = image_token_id, image_seq_length
         self.control = {
             number: token
             for number, token in tokenizer.added_tokens_decoder.items()
@@ -53,19 +53,28 @@ class SegmentEncoder:
         }
         self._bos = _bos_by_convention(tokenizer)
 
-    def encode(self, segments: Sequence[Segment], *, add_bos: bool = True) -> tuple[list[int], list[int]]:
+    def encode(
+        self,
+        segments: Sequence[Segment],
+        *,
+        add_bos: bool = True,
+        image_tokens: Sequence[int] | None = None,
+    ) -> tuple[list[int], list[int]]:
         """Token ids and labels of one conversation; labels are -100 outside supervised segments.
 
         With ``add_bos`` a begin-of-text token comes first where the tokenizer adds one by itself and the
-        template does not write it.
+        template does not write it. ``image_tokens`` says how many tokens each picture takes, in order;
+        without it each takes ``image_seq_length``.
         """
         ids: list[int] = list(self._bos) if add_bos and not self._begins(segments) else []
         labels = [IGNORED] * len(ids)
+        counts = repeat(self.image_seq_length) if image_tokens is None else iter(image_tokens)
         for is_image, group in groupby(segments, key=lambda segment: segment.kind == "image"):
             run = list(group)
             if is_image:
-                ids += self.image_ids * len(run)
-                labels += [IGNORED] * (len(self.image_ids) * len(run))
+                shown = sum(islice(counts, len(run)))
+                ids += [self.image_token_id] * shown
+                labels += [IGNORED] * shown
                 continue
             tokens = self._tokens(run)
             ids += [token[0] for token in tokens]

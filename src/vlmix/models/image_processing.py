@@ -1,6 +1,6 @@
 """Pictures -> the canonical square image: 8-bit RGB of one side, from which every encoder makes its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,13 +13,17 @@ from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vlmix.core.errors import ImageError, PlanError
+from vlmix.core.parts import VIEWS, read_part
 from vlmix.core.sample import ImageRef
+from vlmix.core.settings import PartSettings
+from vlmix.core.squares import cropped, padded
+from vlmix.core.views import Tiling, Views
+from vlmix.models.batching import Opened
 from vlmix.models.configuration import VlmixConfig
+from vlmix.models.viewing import tilings_tensor
 
 Fit = Literal["pad", "stretch", "crop"]
 ImageSource = ImageRef | Path | str | bytes | Image.Image
-# Padding first, as LLaVA does, makes a square of the longer side; a longer one is reduced before.
-_LONGEST_PADDED_SIDE = 6000
 
 
 class VlmixImageProcessor(BaseImageProcessor):
@@ -28,8 +32,12 @@ class VlmixImageProcessor(BaseImageProcessor):
     ``fit`` says what happens to a picture that is not square: ``pad`` centres it on ``pad_color`` (LLaVA's
     `expand2square`, CLIP's mean colour), ``crop`` keeps the middle, ``stretch`` changes its proportions.
 
+    ``views`` are the settings of a tiling that follows each picture's shape (``anyres``, ``dynamic``), and
+    ``view_grid`` the grid of one view's tokens: pictures are then cut into tiles of ``image_size`` instead.
+
     Raises:
         PlanError: if ``fit`` is unknown or ``image_size`` is not positive.
+        RecipeError: if the views' settings are wrong.
 
     """
 
@@ -40,6 +48,8 @@ class VlmixImageProcessor(BaseImageProcessor):
         image_size: int = 336,
         fit: Fit = "pad",
         pad_color: Sequence[int] = (122, 116, 104),
+        views: dict[str, Any] | None = None,
+        view_grid: Sequence[int] = (1, 1),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -49,6 +59,14 @@ class VlmixImageProcessor(BaseImageProcessor):
                 f"not {fit!r} and {image_size}."
             )
         self.image_size, self.fit, self.pad_color = image_size, fit, list(pad_color)
+        self.views, self.view_grid = views, list(view_grid)
+
+    @staticmethod
+    def of(config: VlmixConfig, fit: Fit = "pad") -> "VlmixImageProcessor":
+        """The processor that makes what a model of this ``config`` takes."""
+        plan = config.plan()
+        cut = {"views": config.views, "view_grid": plan.projected.grid} if plan.varies else {}
+        return VlmixImageProcessor(config.image_size, fit, **cut)
 
     def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, images: Any, return_tensors: str | None = "pt", **kwargs: Any
@@ -62,30 +80,86 @@ class VlmixImageProcessor(BaseImageProcessor):
         if kwargs:
             raise ImageError(f"unknown image options: {', '.join(kwargs)}. Known: return_tensors.")
         sources = images if isinstance(images, list | tuple) else [images]
-        pixels = self.pixels([read_image(source) for source in sources])
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        opened = self.open([read_image(source) for source in sources])
+        return BatchFeature(opened.named(), tensor_type=return_tensors)
 
-    def pixels(self, images: Sequence[ImageRef]) -> UInt8[Tensor, "i 3 s s"]:
-        """Open the pictures and make each the canonical image; no picture gives an empty tensor."""
-        side = self.image_size
-        pixels_ISS3 = np.empty((len(images), side, side, 3), dtype=np.uint8)
-        for number, image in enumerate(images):
-            try:
-                pixels_ISS3[number] = np.asarray(self._square(image.open()))
-            except ImageError as error:
-                if len(images) == 1:
-                    raise
-                raise ImageError(f"picture {number + 1} of {len(images)}: {error}") from None
-        return torch.from_numpy(pixels_ISS3).permute(0, 3, 1, 2).contiguous()
+    def open(self, images: Sequence[ImageRef]) -> Opened:
+        """Open the pictures and make each what the model takes; no picture gives an empty tensor.
+
+        Raises:
+            ImageError: if a picture cannot be read; names it.
+
+        """
+        if self.views is None:
+            squares = [self._square(image) for image in _open_each(images)]
+            return Opened(_stacked(squares, self.image_size))
+        cut, settings = self._cut
+        views: list[Image.Image] = []
+        wholes: list[Image.Image] = []
+        tilings: list[Tiling] = []
+        side, picture_size = self.image_size, cut.picture_size(settings)
+        for image in _open_each(images):
+            tilings.append(self.tiling(image.size))
+            views += cut.cut(settings, image, tilings[-1], side)
+            if picture_size is not None:
+                wholes.append(image.resize((picture_size, picture_size), Image.Resampling.BICUBIC))
+        return Opened(
+            _stacked(views, side),
+            tilings_tensor(tilings),
+            None if picture_size is None else _stacked(wholes, picture_size),
+        )
+
+    def tiling(self, size: tuple[int, int]) -> Tiling:
+        """How a picture of this width and height is cut, where pictures are cut."""
+        cut, settings = self._cut
+        return cut.tiling(settings, size, self.image_size, self._grid)
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Visual tokens of a picture of this width and height, where pictures are cut."""
+        cut, settings = self._cut
+        return cut.tokens(settings, self.tiling(size), self._grid)
+
+    def count(self, size: tuple[int, int]) -> int:
+        """Views of a picture of this width and height, where pictures are cut."""
+        cut, settings = self._cut
+        return len(cut.boxes(settings, self.tiling(size)))
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return self.view_grid[0], self.view_grid[1]
+
+    @property
+    def _cut(self) -> tuple[type[Views], PartSettings]:
+        settings = read_part(VIEWS, self.views or {}, "views")
+        return VIEWS.get(settings.kind), settings
 
     def _square(self, image: Image.Image) -> Image.Image:
         size = (self.image_size, self.image_size)
         if self.fit == "pad" and image.width != image.height:
-            image = _padded(image, (self.pad_color[0], self.pad_color[1], self.pad_color[2]))
-        box = _middle(image) if self.fit == "crop" else None
+            image = padded(image, (self.pad_color[0], self.pad_color[1], self.pad_color[2]))
+        if self.fit == "crop":
+            return cropped(image, self.image_size)
         if image.size == size:
             return image
-        return image.resize(size, Image.Resampling.BICUBIC, box=box)
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _open_each(images: Sequence[ImageRef]) -> Iterator[Image.Image]:
+    for number, image in enumerate(images):
+        try:
+            opened = image.open()
+        except ImageError as error:
+            if len(images) == 1:
+                raise
+            raise ImageError(f"picture {number + 1} of {len(images)}: {error}") from None
+        yield opened
+
+
+def _stacked(images: Sequence[Image.Image], side: int) -> UInt8[Tensor, "i 3 s s"]:
+    pixels_ISS3 = np.empty((len(images), side, side, 3), dtype=np.uint8)
+    for number, image in enumerate(images):
+        pixels_ISS3[number] = np.asarray(image)
+    return torch.from_numpy(pixels_ISS3).permute(0, 3, 1, 2).contiguous()
 
 
 def read_image(source: ImageSource) -> ImageRef:
@@ -107,24 +181,6 @@ def read_image(source: ImageSource) -> ImageRef:
     if isinstance(source, Path | bytes | Image.Image):
         return ImageRef(source)
     raise ImageError(f"a picture is a path, bytes or a PIL image, not {type(source).__name__}.")
-
-
-def _padded(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square, rounded towards the top left (LLaVA, `expand2square`)."""
-    longest = max(image.size)
-    if longest > _LONGEST_PADDED_SIDE:
-        scale = _LONGEST_PADDED_SIDE / longest
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        image, longest = image.resize((width, height), Image.Resampling.BICUBIC), _LONGEST_PADDED_SIDE
-    square = Image.new("RGB", (longest, longest), color)
-    square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
-    return square
-
-
-def _middle(image: Image.Image) -> tuple[float, float, float, float]:
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return left, top, left + side, top + side
 
 
 AutoImageProcessor.register(

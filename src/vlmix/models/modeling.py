@@ -24,9 +24,14 @@ from transformers.utils.generic import ModelOutput
 from vlmix.core.errors import ImageCountError
 from vlmix.core.interfaces import Fusion, Part, Projector, VisionEncoder
 from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS
+from vlmix.core.views import Tiling, Views
+from vlmix.models.adapters import install_adapters
 from vlmix.models.configuration import VlmixConfig
+from vlmix.models.revisit import REVISIT, Revisit, revisit_layers
+from vlmix.models.viewing import Sight, Viewing, pictures_of_rows
 
 IGNORED = -100
+_PICTURES = ("pixel_values", "image_tilings", "picture_values")
 
 
 @dataclass
@@ -79,17 +84,18 @@ class VlmixModel(VlmixPreTrainedModel):
     def __init__(self, config: VlmixConfig) -> None:
         super().__init__(config)
         plan = config.plan()
-        encoders, fusion, projector = (
-            config.encoder_settings(),
-            config.fusion_settings(),
-            config.projector_settings(),
-        )
-        self.encoders = nn.ModuleList([ENCODERS.get(part.kind)(part) for part in encoders])
-        self.fusion: Fusion = FUSIONS.get(fusion.kind)(fusion, plan.encoders)
+        fusion, projector = config.fusion_settings(), config.projector_settings()
+        self.viewing = Viewing(config, plan)
+        self.encoders = nn.ModuleList([ENCODERS.get(part.kind)(part) for part in config.encoder_settings()])
+        self.views: Views = self.viewing.views(self.viewing.settings, plan.projected)
+        self.fusion: Fusion = FUSIONS.get(fusion.kind)(fusion, plan.offered)
         self.projector: Projector = PROJECTORS.get(projector.kind)(projector, plan.fused, config.width)
         # The whole causal model, not its trunk: heads differ (bias, soft-capping, scale) and stay so.
         self.language_model: PreTrainedModel = AutoModelForCausalLM.from_config(config.language)
         self.image_seq_length = plan.tokens
+        self.revisits = plan.inside
+        revisit_layers(self.decoder, plan.inside)
+        install_adapters(self, self.language_model.get_output_embeddings(), config.adapter_settings())
         self.post_init()
 
     @property
@@ -105,18 +111,51 @@ class VlmixModel(VlmixPreTrainedModel):
         """Replace the decoder's token embeddings."""
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Visual tokens (I, N, D) in ``pooler_output`` and the fused map before projection.
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_tilings: Tensor | None = None,
+        picture_values: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens in ``pooler_output``: (I, N, D), or one (N, D) a picture where their numbers vary.
 
-        ``pixel_values`` (I, 3, S, S) is the canonical image, float in 0..1 or uint8.
+        ``last_hidden_state`` is the fused map of every view before projection. ``pixel_values`` (I, 3, S, S)
+        are the canonical pictures, float in 0..1 or uint8, or, with views that vary, the views of all
+        pictures, ``image_tilings`` (I, 4) telling how each was cut. ``picture_values`` are then whole
+        pictures, for encoders that see them.
+
+        Raises:
+            ImageCountError: if pixels, tilings and whole pictures do not belong together.
+
         """
-        encoders = cast("Sequence[VisionEncoder]", list(self.encoders))
-        fused = self.fusion(encoders, pixel_values)
-        tokens_IND = self.projector(fused).tokens
-        return BaseModelOutputWithPooling(last_hidden_state=fused.tokens, pooler_output=tokens_IND)
+        tilings = self.viewing.tilings(pixel_values, image_tilings)
+        seen = self.see(pixel_values, picture_values, tilings)
+        found: Any = seen.tokens.unflatten(0, (len(tilings), -1)) if not self.viewing.plan.varies else None
+        if found is None:
+            found = seen.tokens.split(self.viewing.tokens(tilings))
+        return BaseModelOutputWithPooling(last_hidden_state=seen.fused.tokens, pooler_output=found)
 
-    def embed_inputs(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def see(self, pixel_values: Tensor, picture_values: Tensor | None, tilings: Sequence[Tiling]) -> Sight:
+        """Run encoders, fusion and projector on every view of pictures cut as ``tilings`` say."""
+        pictures = picture_values if self.viewing.plan.varies else pixel_values
+        encoders = cast("Sequence[VisionEncoder]", list(self.encoders))
+        shown = self.viewing.scoped(encoders, pictures, tilings, masked=self.fusion.reads_masks)
+        fused = self.fusion(shown, self.views.spread(pixel_values))
+        projected = self.projector(fused)
+        order_N = self.viewing.order(tilings, projected.tokens.device)
+        return Sight(fused, self.views.join(projected.tokens, order_N), order_N)
+
+    def embed_inputs(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_tilings: Tensor | None = None,
+        picture_values: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Revisit]]:
         """Token embeddings (B, T, D) with each image placeholder replaced by its visual token.
+
+        The second holds what fusions that go on inside the decoder need there: arguments for it.
 
         Raises:
             ImageCountError: if placeholders and visual tokens differ in number.
@@ -125,19 +164,23 @@ class VlmixModel(VlmixPreTrainedModel):
         is_image_BT = input_ids == self.config.image_token_id
         # The placeholder needs no row of its own in the embedding table, so any decoder can be used as it is.
         embeds_BTD = self.get_input_embeddings()(input_ids.masked_fill(is_image_BT, 0))
-        images = 0 if pixel_values is None else pixel_values.shape[0]
-        self._check_count(is_image_BT, images)
-        if pixel_values is None or images == 0:
-            return embeds_BTD
-        tokens_IND = self.get_image_features(pixel_values).pooler_output
-        return embeds_BTD.masked_scatter(is_image_BT.unsqueeze(-1), cast("Tensor", tokens_IND).to(embeds_BTD))
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            self._check_count(is_image_BT, [])
+            return embeds_BTD, {}
+        tilings = self.viewing.tilings(pixel_values, image_tilings)
+        self._check_count(is_image_BT, self.viewing.tokens(tilings))
+        seen = self.see(pixel_values, picture_values, tilings)
+        embeds_BTD = embeds_BTD.masked_scatter(is_image_BT.unsqueeze(-1), seen.tokens.to(embeds_BTD))
+        again = {REVISIT: Revisit(self.fusion, seen.fused.memory, is_image_BT, seen.order)}
+        return embeds_BTD, again if self.revisits else {}
 
-    def _check_count(self, is_image_BT: Tensor, images: int) -> None:
-        expected, found = images * self.image_seq_length, int(is_image_BT.sum())
+    def _check_count(self, is_image_BT: Tensor, tokens: Sequence[int]) -> None:
+        expected, found = sum(tokens), int(is_image_BT.sum())
         if found != expected:
+            each = " and ".join(map(str, sorted({*tokens}))) or str(self.image_seq_length)
             raise ImageCountError(
-                f"the text holds {found} image placeholders, but {images} pictures of "
-                f"{self.image_seq_length} visual tokens need {expected}. Pass text and pictures "
+                f"the text holds {found} image placeholders, but {len(tokens)} pictures of "
+                f"{each} visual tokens need {expected}. Pass text and pictures "
                 "through the same VlmixProcessor, one <image> for each picture."
             )
 
@@ -149,11 +192,15 @@ class VlmixModel(VlmixPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        image_tilings: Tensor | None = None,
+        picture_values: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the decoder's last layer (B, T, D)."""
         if inputs_embeds is None:
-            inputs_embeds = self.embed_inputs(cast("Tensor", input_ids), pixel_values)
+            ids_BT = cast("Tensor", input_ids)
+            inputs_embeds, again = self.embed_inputs(ids_BT, pixel_values, image_tilings, picture_values)
+            kwargs |= again
         return self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -188,7 +235,7 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
         self.model.language_model.set_output_embeddings(new_embeddings)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Visual tokens (I, N, D) in ``pooler_output``; see ``VlmixModel``."""
+        """Visual tokens in ``pooler_output``; see ``VlmixModel``."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     def forward(
@@ -199,6 +246,8 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        image_tilings: Tensor | None = None,
+        picture_values: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor | Literal["supervised"] = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -216,7 +265,11 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
 
         """
         if inputs_embeds is None:
-            inputs_embeds = self.model.embed_inputs(cast("Tensor", input_ids), pixel_values)
+            ids_BT = cast("Tensor", input_ids)
+            inputs_embeds, again = self.model.embed_inputs(
+                ids_BT, pixel_values, image_tilings, picture_values
+            )
+            kwargs |= again
         if logits_to_keep == "supervised":
             logits_to_keep = _supervised_positions(labels)
         out = self.model.language_model(
@@ -241,17 +294,15 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Hand the pictures over once: later steps find them in the cache."""
+        pictures = {name: kwargs.pop(name, None) for name in _PICTURES}
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            inputs["pixel_values"] = pixel_values
-        return inputs
+        return inputs | pictures if is_first_iteration or not kwargs.get("use_cache", True) else inputs
 
     def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -261,15 +312,30 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat each row's own pictures with it: rows hold different numbers of pictures."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1 and input_ids is not None:
-            placeholders = (input_ids == self.config.image_token_id).sum(1)
-            images = (placeholders // self.model.image_seq_length).tolist()
-            rows = [part for part in pixel_values.split(images) for _ in range(expand_size)]
-            pixel_values = torch.cat(rows)
+        pictures = {name: model_kwargs.pop(name, None) for name in _PICTURES}
+        if pictures["pixel_values"] is not None and expand_size > 1 and input_ids is not None:
+            pictures = self._repeated(pictures, input_ids, expand_size)
         expand = super()._expand_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         expanded, model_kwargs = expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        return expanded, {**model_kwargs, "pixel_values": pixel_values}
+        return expanded, {**model_kwargs, **pictures}
+
+    def _repeated(
+        self, pictures: dict[str, Tensor | None], input_ids: Tensor, times: int
+    ) -> dict[str, Tensor | None]:
+        viewing, pixels = self.model.viewing, cast("Tensor", pictures["pixel_values"])
+        tilings = viewing.tilings(pixels, pictures["image_tilings"])
+        placeholders = (input_ids == self.config.image_token_id).sum(1).tolist()
+        shown = pictures_of_rows(placeholders, viewing.tokens(tilings))
+        lengths: dict[str, list[int]] = dict.fromkeys(_PICTURES, shown)
+        if viewing.plan.varies:
+            counts = iter([viewing.count(tiling) for tiling in tilings])
+            lengths["pixel_values"] = [sum(next(counts) for _ in range(row)) for row in shown]
+        return {
+            name: None
+            if value is None
+            else torch.cat([part for part in value.split(lengths[name]) for _ in range(times)])
+            for name, value in pictures.items()
+        }
 
 
 def _supervised_positions(labels: Tensor | None) -> Tensor:

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
+from vlmix.core.parts import VIEWS
+from vlmix.core.tensors import FeatureMap, VisionSpec
+from vlmix.models.flops import flop_counter
 from vlmix.models.modeling import VlmixForConditionalGeneration
+from vlmix.models.viewing import tilings_tensor
 
 if TYPE_CHECKING:
     from vlmix.models.configuration import VisionPlan, VlmixConfig
@@ -25,14 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PartCost:
-    """One part: its parameters, and the FLOPs (two per multiply-add) of its forward pass for one image.
+    """One part: its parameters, and the FLOPs (two per multiply-add) of its forward pass for one picture.
 
-    For the language model the FLOPs are those of reading the planned prompt once.
+    ``spec`` is what it gives for one view. For the language model the FLOPs are those of reading the planned
+    prompt once, and there is no ``spec``.
     """
 
     name: str
     parameters: int
     flops: int
+    spec: VisionSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +108,13 @@ def plan_model(
     vision = config.plan()
     model = shape_only(config, dtype).eval()
     inner, prompt = model.model, images * vision.tokens + text_tokens
-    pixels_I3SS = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
-    named: list[tuple[str, nn.Module, int]] = [
-        (f"encoders.{i} ({settings.kind})", module, 0)
-        for i, (settings, module) in enumerate(zip(config.encoder_settings(), inner.encoders, strict=True))
-    ]
-    named = [(name, module, _flops(lambda m=module: m(pixels_I3SS))) for name, module, _ in named]
-    seen = sum(flops for *_, flops in named)
-    fused = inner.fusion(list(inner.encoders), pixels_I3SS)  # pyright: ignore[reportArgumentType]
-    fusion = _flops(lambda: inner.fusion(list(inner.encoders), pixels_I3SS)) - seen  # pyright: ignore
-    named.append((f"fusion ({config.fusion_settings().kind})", inner.fusion, max(fusion, 0)))
-    projector = _flops(lambda: inner.projector(fused))
-    named.append((f"projector ({config.projector_settings().kind})", inner.projector, projector))
+    parts = _vision_costs(config, model)
     embeds_BTD = torch.empty(1, prompt, config.width, device="meta", dtype=dtype)
     language = inner.language_model
     prefill = _flops(lambda: language(inputs_embeds=embeds_BTD, logits_to_keep=1))
-    named.append((f"language_model ({config.language.model_type})", language, prefill))
+    parts.append(
+        PartCost(f"language_model ({config.language.model_type})", parameter_count(language), prefill)
+    )
     with torch.no_grad():
         cache = language(inputs_embeds=embeds_BTD, logits_to_keep=1, use_cache=True).past_key_values
     per_token = _cache_bytes(cache) // prompt
@@ -127,13 +123,78 @@ def plan_model(
     )
     return ModelCost(
         vision=vision,
-        parts=tuple(PartCost(name, parameter_count(module), flops) for name, module, flops in named),
+        parts=tuple(parts),
         images=images,
         text_tokens=text_tokens,
         bytes_per_number=dtype.itemsize,
         decode_flops=decode,
         cache_bytes_per_token=per_token,
         activation_bytes=training_bytes(model, rows=1, images=images, text_tokens=text_tokens),
+    )
+
+
+def _vision_costs(config: VlmixConfig, model: VlmixForConditionalGeneration) -> list[PartCost]:
+    """What every part before the language model costs for one picture."""
+    inner, vision = model.model, config.plan()
+    side = config.image_size
+    costs = []
+    for i, (settings, module, spec) in enumerate(
+        zip(config.encoder_settings(), inner.encoders, vision.encoders, strict=True)
+    ):
+        shown = 1 if settings.sees == "picture" else vision.views
+        flops = shown * _flops(lambda m=module: m(torch.empty(1, 3, side, side, device="meta")))
+        costs.append(PartCost(f"encoders.{i} ({settings.kind})", parameter_count(module), flops, spec))
+    tokens_VNC = torch.empty(
+        vision.views, vision.fused.tokens, vision.fused.channels, device="meta", dtype=model.dtype
+    )
+    projector = _flops(lambda: inner.projector(FeatureMap(tokens_VNC, vision.fused.grid)))
+    whole = _flops(lambda: inner.get_image_features(**pictures_of(config, 1)))
+    fusion = max(whole - projector - sum(cost.flops for cost in costs), 0) + _refine_flops(config, model)
+    names = {"fusion": config.fusion_settings().kind, "projector": config.projector_settings().kind}
+    costs += [
+        PartCost(f"fusion ({names['fusion']})", parameter_count(inner.fusion), fusion, vision.fused),
+        PartCost(
+            f"projector ({names['projector']})", parameter_count(inner.projector), projector, vision.projected
+        ),
+    ]
+    if more := parameter_count(inner.views):
+        costs.append(PartCost(f"views ({config.view_settings().kind})", more, 0))
+    return costs
+
+
+def _refine_flops(config: VlmixConfig, model: VlmixForConditionalGeneration) -> int:
+    """What the fusion does inside the decoder for one picture."""
+    inner, plan = model.model, config.plan()
+    if not plan.inside:
+        return 0
+    pictures = pictures_of(config, 1)
+    with torch.no_grad():
+        memory = inner.see(
+            pictures["pixel_values"], pictures.get("picture_values"), [plan.tiling]
+        ).fused.memory
+    order_N = inner.viewing.order([plan.tiling], torch.device("cpu"))
+    cells_N = None if order_N is None else order_N[order_N >= 0].to("meta")
+    count = plan.tokens if cells_N is None else len(cells_N)
+    tokens_ND = torch.empty(count, config.width, device="meta", dtype=model.dtype)
+    places = range(len(plan.inside))
+    return sum(_flops(lambda p=place: inner.fusion.refine(p, tokens_ND, memory, cells_N)) for place in places)
+
+
+def pictures_of(config: VlmixConfig, count: int) -> dict[str, Tensor]:
+    """Shapes of ``count`` pictures as the model takes them, each with the most tokens there can be."""
+    plan, side = config.plan(), config.image_size
+    if not plan.varies:
+        return {"pixel_values": torch.empty(count, 3, side, side, device="meta")}
+    found = {
+        "pixel_values": torch.empty(count * plan.views, 3, side, side, device="meta"),
+        "image_tilings": tilings_tensor([plan.tiling] * count),
+    }
+    settings = config.view_settings()
+    whole = VIEWS.get(settings.kind).picture_size(settings)
+    return (
+        found
+        if whole is None
+        else {**found, "picture_values": torch.empty(count, 3, whole, whole, device="meta")}
     )
 
 
@@ -156,10 +217,10 @@ def forward_loss(model: VlmixForConditionalGeneration, *, rows: int, images: int
     """Run a training forward on shapes and return a scalar to differentiate."""
     config, inner = model.config, model.model
     dtype = next(iter(inner.projector.parameters()), torch.empty(0, dtype=model.dtype)).dtype
-    pixels = torch.empty(max(rows * images, 1), 3, config.image_size, config.image_size, device="meta")
-    tokens = cast("Tensor", inner.get_image_features(pixels).pooler_output)
+    found = inner.get_image_features(**pictures_of(config, max(rows * images, 1))).pooler_output
+    tokens_IND = torch.stack(list(cast("Any", found)))
     ids = torch.zeros(rows, text_tokens, dtype=torch.long, device="meta")
-    visual_BND = tokens.reshape(rows, -1, tokens.shape[-1]) if images else tokens[:0].reshape(rows, 0, -1)
+    visual_BND = tokens_IND.reshape(rows, -1, tokens_IND.shape[-1])[:, : images * tokens_IND.shape[1]]
     embeds_BTD = torch.cat([visual_BND.to(dtype), inner.get_input_embeddings()(ids)], 1)
     # With a cache, because without one transformers looks at the data for packed sequences.
     logits = inner.language_model(inputs_embeds=embeds_BTD, logits_to_keep=text_tokens, use_cache=True).logits
@@ -184,7 +245,7 @@ def count_saved(model: nn.Module) -> Iterator[SavedBytes]:
 
 
 def _flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         run()
     return int(counter.get_total_flops())
 

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Final, cast
 
-from jaxtyping import UInt8
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from vlmix.core.errors import ContextLengthError, ImageError, InputError, SampleError, UnknownNameError
 from vlmix.core.sample import ImageRef, Sample, Turn
-from vlmix.models.batching import Encoded, Side, join_pixels, pad_ids, pad_rows
+from vlmix.models.batching import Encoded, Opened, Side, join_pictures, pad_ids, pad_rows
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.encoding import IGNORED, SegmentEncoder
 from vlmix.models.image_processing import VlmixImageProcessor
@@ -36,7 +35,8 @@ _PROBE: Final = (Turn("user", ("x",)), Turn("assistant", ("x",)))
 class VlmixProcessor(ProcessorMixin):
     """Turns conversations with pictures into token ids, labels and pixels, and ids back into text.
 
-    ``image_seq_length`` placeholders stand for one picture (``VlmixConfig.image_seq_length``);
+    ``image_seq_length`` placeholders stand for one picture (``VlmixConfig.image_seq_length``), or as many as
+    its shape asks for where the image processor cuts pictures into views;
     ``chat_template`` is jinja source or the name of a template that comes with vlmix, by default the
     tokenizer's own and else ``chatml``; ``max_length`` is the context in tokens. The tokenizer is given the
     image token, and a padding token if it has none.
@@ -92,7 +92,7 @@ class VlmixProcessor(ProcessorMixin):
             )
         return encoded
 
-    def open_images(self, encoded: Encoded) -> UInt8[Tensor, "i 3 s s"]:
+    def open_images(self, encoded: Encoded) -> Opened:
         """Open the pictures of one sample; the training loop calls this to quarantine a bad sample alone.
 
         Raises:
@@ -106,22 +106,22 @@ class VlmixProcessor(ProcessorMixin):
         encoded: Sequence[Encoded],
         *,
         padding_side: Side = "right",
-        pixels: Sequence[Tensor] | None = None,
+        opened: Sequence[Opened] | None = None,
     ) -> BatchFeature:
         """Put encoded samples into one batch.
 
         Gives ``input_ids``, ``attention_mask`` and ``labels`` (B, T), padded; ``pixel_values``
-        (I, 3, S, S) uint8 of all pictures in order, absent without pictures. ``pixels`` are the results of
-        ``open_images`` where that was done before.
+        (I, 3, S, S) uint8 of all pictures in order and what else goes with them (see ``Opened``), absent
+        without pictures. ``opened`` are the results of ``open_images`` where that was done before.
 
         Raises:
             ImageError: if a picture cannot be read; names the sample.
 
         """
-        opened = [self.open_images(item) for item in encoded] if pixels is None else pixels
+        opened = [self.open_images(item) for item in encoded] if opened is None else opened
         batch = pad_ids([item.input_ids for item in encoded], self._pad_id, padding_side)
         batch["labels"] = pad_rows([item.labels for item in encoded], IGNORED, padding_side)
-        return BatchFeature({**batch, **join_pixels(opened)})
+        return BatchFeature({**batch, **join_pictures(opened)})
 
     # -- the Hugging Face surface --
 
@@ -152,7 +152,11 @@ class VlmixProcessor(ProcessorMixin):
         rows = [self._pieces(prompt) for prompt in texts]
         pictures = group_pictures(images, [sum(piece.kind == "image" for piece in row) for row in rows])
         encoder = self._encoder(self._template())
-        coded = [encoder.encode(row, add_bos=add_special_tokens)[0] for row in rows]
+        lengths = [self._lengths(shown, f"item {number}") for number, shown in enumerate(pictures)]
+        coded = [
+            encoder.encode(row, add_bos=add_special_tokens, image_tokens=counts)[0]
+            for row, counts in zip(rows, lengths, strict=True)
+        ]
         return self._batch(coded, pictures, return_tensors, padding, padding_side)
 
     def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -204,7 +208,11 @@ class VlmixProcessor(ProcessorMixin):
             return texts[0] if is_single else texts
         encoder = self._encoder(template)
         shown = [[image for turn in each for image in turn.images] for each in turns]
-        batch = self._batch([encoder.encode(row)[0] for row in rows], shown, **options)
+        lengths = [self._lengths(images, f"item {number}") for number, images in enumerate(shown)]
+        coded = [
+            encoder.encode(row, image_tokens=counts)[0] for row, counts in zip(rows, lengths, strict=True)
+        ]
+        batch = self._batch(coded, shown, **options)
         return batch if return_dict else batch["input_ids"]
 
     @property
@@ -220,18 +228,28 @@ class VlmixProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """The names of the tensors this processor makes."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        names = ["input_ids", "attention_mask", "pixel_values"]
+        return names if self.image_processor.views is None else [*names, "image_tilings", "picture_values"]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """What one placeholder is expanded to; transformers and serving engines ask."""
-        return self.image_token * self.image_seq_length
+        if self.image_processor.views is None:
+            return self.image_token * self.image_seq_length
+        _, _, height, width = image_inputs["image_tilings"][image_idx].tolist()
+        return self.image_token * self.image_processor.tokens((width, height))
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Placeholders and rows of pixels for pictures of the given sizes: always the same number."""
+        """Placeholders and rows of pixels for pictures of the given (height, width)."""
         if image_sizes is None:
             return MultiModalData()
+        if self.image_processor.views is not None:
+            sizes = [(width, height) for height, width in image_sizes]
+            return MultiModalData(
+                num_image_tokens=[self.image_processor.tokens(size) for size in sizes],
+                num_image_patches=[self.image_processor.count(size) for size in sizes],
+            )
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
@@ -276,8 +294,9 @@ class VlmixProcessor(ProcessorMixin):
             segments = self._render(turns, template, not supervise)
         except SampleError as error:
             raise SampleError(f"sample {sample.id!r}: {error}", sample_id=sample.id) from None
-        ids, labels = self._encoder(template).encode(segments)
         images = tuple(image for turn in turns for image in turn.images)
+        counts = self._lengths(images, f"sample {sample.id!r}")
+        ids, labels = self._encoder(template).encode(segments, image_tokens=counts)
         return Encoded(ids, labels if supervise else [IGNORED] * len(ids), images, dropped_turns, sample.id)
 
     def _pieces(self, prompt: str) -> list[Segment]:
@@ -312,11 +331,20 @@ class VlmixProcessor(ProcessorMixin):
                 batch = {name: tensor_BT.tolist() for name, tensor_BT in tensors.items()}
         else:
             batch = {"input_ids": list(coded), "attention_mask": [[1] * len(ids) for ids in coded]}
-        return BatchFeature({**batch, **join_pixels(opened)}, tensor_type=return_tensors)
+        return BatchFeature({**batch, **join_pictures(opened)}, tensor_type=return_tensors)
 
-    def _open(self, images: Sequence[ImageRef], item: str) -> UInt8[Tensor, "i 3 s s"]:
+    def _lengths(self, images: Sequence[ImageRef], item: str) -> list[int] | None:
+        """How many tokens each picture takes, where that varies."""
+        if self.image_processor.views is None:
+            return None
         try:
-            return self.image_processor.pixels(images)
+            return [self.image_processor.tokens(image.size()) for image in images]
+        except ImageError as error:
+            raise ImageError(f"{item}: {error}") from None
+
+    def _open(self, images: Sequence[ImageRef], item: str) -> Opened:
+        try:
+            return self.image_processor.open(images)
         except ImageError as error:
             raise ImageError(f"{item}: {error}") from None
 

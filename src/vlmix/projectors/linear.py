@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
+from pydantic import PositiveFloat
 from torch import nn
 
 from vlmix.core.interfaces import Projector
@@ -13,14 +14,15 @@ from vlmix.core.tensors import FeatureMap, VisionSpec
 
 
 class LinearSettings(PartSettings):
-    """Nothing to set."""
+    """Every token is multiplied by ``scale`` at last."""
 
     kind: Literal["linear"] = "linear"  # pyright: ignore[reportIncompatibleVariableOverride]
+    scale: PositiveFloat = 1.0
 
     @classmethod
     def tiny(cls) -> Self:
-        """As every other."""
-        return cls()
+        """With a scale."""
+        return cls(scale=1.5)
 
 
 @PROJECTORS.register("linear")
@@ -31,6 +33,7 @@ class LinearProjector(Projector):
 
     def __init__(self, settings: LinearSettings, spec: VisionSpec, width: int) -> None:
         super().__init__()
+        self.scale = settings.scale
         self.linear = nn.Linear(spec.channels, width)
 
     @classmethod
@@ -40,4 +43,4 @@ class LinearProjector(Projector):
 
     def forward(self, features: FeatureMap) -> FeatureMap:
         """Map every token."""
-        return FeatureMap(self.linear(features.tokens), features.grid)
+        return FeatureMap(self.linear(features.tokens) * self.scale, features.grid)

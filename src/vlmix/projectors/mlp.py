@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from vlmix.core.interfaces import Projector
 from vlmix.core.parts import PROJECTORS
@@ -14,16 +14,20 @@ from vlmix.projectors._mlp import mlp
 
 
 class MlpSettings(PartSettings):
-    """``depth`` Linear layers; ``hidden`` is their width in between, the language model's unless given."""
+    """``depth`` Linear layers; ``hidden`` is their width in between, the language model's unless given.
+
+    Every token is multiplied by ``scale`` at last: Mini-Gemini on Gemma, whose own tokens are, needs that.
+    """
 
     kind: Literal["mlp"] = "mlp"  # pyright: ignore[reportIncompatibleVariableOverride]
     depth: PositiveInt = 2
     hidden: PositiveInt | None = None
+    scale: PositiveFloat = 1.0
 
     @classmethod
     def tiny(cls) -> Self:
         """Three layers with a width of their own in between."""
-        return cls(depth=3, hidden=10)
+        return cls(depth=3, hidden=10, scale=1.5)
 
 
 @PROJECTORS.register("mlp")
@@ -34,6 +38,7 @@ class MlpProjector(Projector):
 
     def __init__(self, settings: MlpSettings, spec: VisionSpec, width: int) -> None:
         super().__init__()
+        self.scale = settings.scale
         self.layers = mlp(spec.channels, settings.hidden or width, width, settings.depth)
 
     @classmethod
@@ -43,4 +48,4 @@ class MlpProjector(Projector):
 
     def forward(self, features: FeatureMap) -> FeatureMap:
         """Map every token."""
-        return FeatureMap(self.layers(features.tokens), features.grid)
+        return FeatureMap(self.layers(features.tokens) * self.scale, features.grid)
