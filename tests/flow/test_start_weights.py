@@ -13,7 +13,8 @@ from vlmix.core.errors import (
     CheckpointError,
     RecipeError,
 )
-from vlmix.train.build import build
+from vlmix.models.plan import parameter_count, shape_only
+from vlmix.train.build import build, recipe_config
 from vlmix.train.checkpoint import unique_tensors
 
 pytestmark = pytest.mark.flow
@@ -56,6 +57,26 @@ def test_published_weights_are_loaded_where_the_recipe_names_them(tmp_path):
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     name = next(name for name in ours if name.startswith("model.encoders.0.") and theirs[name].std() > 0)
     assert torch.allclose(trained[name], theirs[name], atol=1e-6)
+
+
+def test_a_recipe_may_say_what_its_weights_must_be_and_is_planned_without_them(tmp_path):
+    source = build(one_stage())
+    source.model.model.language_model.save_pretrained(tmp_path)
+    source.processor.tokenizer.save_pretrained(tmp_path)
+    said = {**LANGUAGE, "vocab_size": len(source.processor.tokenizer), "rope_theta": 10000.0}
+    absent = {"weights": "somebody/not-here", "config": said}
+    model = {**TINY["model"], "language_model": absent, "tokenizer": {"weights": "somebody/not-here"}}
+    planned = recipe_config(recipe(model=model))
+    assert planned.language.vocab_size == said["vocab_size"]
+    assert parameter_count(shape_only(planned)) == parameter_count(source.model)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.weights 'somebody/not-here' cannot be read"):
+        build(recipe(model=model))
+    words = {"weights": str(tmp_path)}
+    here = {**model, "language_model": {**words, "config": said}, "tokenizer": words}
+    assert build(recipe(model=here)).model.config.language.rope_parameters["rope_theta"] == 10000.0
+    wrong = {**said, "hidden_size": 24, "rope_theta": 500.0}
+    with pytest.raises(CheckpointError, match=r"hidden_size is 16, in the recipe 24; rope_parameters is"):
+        build(recipe(model={**here, "language_model": {**words, "config": wrong}}))
 
 
 def test_a_language_model_gets_rows_for_tokens_its_tokenizer_lacked(tmp_path):

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vlmix.core.errors import CheckpointError, RecipeError, SampleError
 from vlmix.core.files import publish, verify_manifest, write_manifest
 from vlmix.core.interfaces import Source
 from vlmix.core.parts import SOURCES, read_part
+from vlmix.models.adapters import bare
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.processing import VlmixProcessor
-from vlmix.models.rendering import prompt_text, render
+from vlmix.models.rendering import IMAGE, prompt_text, render
 from vlmix.models.templates import load_template
 from vlmix.models.tokenization import CONTROL_TOKENS, prepare_tokenizer, train_tokenizer
 from vlmix.train.recipe import ModelSettings, Recipe, Stage, TokenizerTraining
@@ -68,31 +78,34 @@ def build(recipe: Recipe) -> Setup:
 
 
 def recipe_config(recipe: Recipe) -> VlmixConfig:
-    """The configuration of the recipe's model without training a tokenizer: what ``vlmix plan`` counts.
+    """The configuration of the recipe's model without making a tokenizer: what ``vlmix plan`` counts.
 
-    A tokenizer to be trained counts with the vocabulary it may have at most.
+    A tokenizer to be trained counts with the vocabulary it may have at most; a decoder of known size needs
+    neither tokenizer nor weights.
     """
     settings, training = recipe.model, recipe.model.tokenizer.train
-    if training is None:
-        return build_processor(recipe)[1]
-    if "weights" in settings.language_model:
-        return _config(settings, _published_config(settings, 0), 0)
     raw = settings.language_model
-    return _config(settings, {"vocab_size": training.vocab_size, **raw}, training.vocab_size)
+    text = raw.get("config") or (_published(raw["weights"]).to_dict() if "weights" in raw else raw)
+    if training is not None:
+        text = {"vocab_size": training.vocab_size, **text}
+    elif "vocab_size" not in text:
+        return build_processor(recipe)[1]
+    return _config(settings, text, text["vocab_size"])
 
 
 def build_processor(recipe: Recipe) -> tuple[VlmixProcessor, VlmixConfig]:
     """The processor, its tokenizer loaded or trained, and the configuration of the model it serves."""
     settings = recipe.model
     tokenizer = prepare_tokenizer(_tokenizer(recipe))
+    image_token_id = cast("int", tokenizer.convert_tokens_to_ids(IMAGE))
+    config = _config(settings, _text_config(settings, tokenizer), image_token_id)
     processor = VlmixProcessor(
-        VlmixImageProcessor(image_size=settings.image_size, fit=settings.fit),
+        VlmixImageProcessor.of(config, settings.fit),
         tokenizer,
         chat_template=_template(settings.chat_template),
+        image_seq_length=config.image_seq_length,
         max_length=settings.max_length,
     )
-    config = _config(settings, _text_config(settings, tokenizer), processor.image_token_id)
-    processor.image_seq_length = config.image_seq_length
     return processor, config
 
 
@@ -127,6 +140,19 @@ def load_setup(folder: Path, seed: int) -> Setup:
     return Setup(new_model(config, processor, seed), processor)
 
 
+def stage_processor(processor: VlmixProcessor, stage: Stage) -> VlmixProcessor:
+    """The processor as a stage wants it: with its own template and its own way to make pictures square."""
+    if stage.chat_template is None and stage.fit is None:
+        return processor
+    changed, pictures = copy(processor), copy(processor.image_processor)
+    if stage.chat_template is not None:
+        changed.chat_template = _template(stage.chat_template)
+    if stage.fit is not None:
+        pictures.fit = stage.fit
+    changed.image_processor = pictures
+    return changed
+
+
 def open_sources(stage: Stage) -> list[Source]:
     """The sources of a stage's mix, in order."""
     return [open_source(data.source) for data in stage.data]
@@ -140,7 +166,8 @@ def open_source(raw: dict[str, Any]) -> Source:
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     settings = recipe.model.tokenizer
     if settings.weights is not None:
-        return AutoTokenizer.from_pretrained(settings.weights)
+        with _readable("tokenizer", settings.weights):
+            return AutoTokenizer.from_pretrained(settings.weights)
     training = settings.train or TokenizerTraining()
     return train_tokenizer(_texts(recipe, training.samples), training.vocab_size)
 
@@ -170,10 +197,12 @@ def _config(settings: ModelSettings, text_config: dict[str, Any], image_token_id
     return VlmixConfig(
         text_config=text_config,
         encoders=[{k: v for k, v in encoder.items() if k != "weights"} for encoder in settings.encoders],
+        views=settings.views,
         fusion=settings.fusion,
         projector=settings.projector,
         image_size=settings.image_size,
         image_token_id=image_token_id,
+        adapters=[adapter.model_dump() for adapter in settings.adapters] or None,
     )
 
 
@@ -183,7 +212,7 @@ def _text_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) ->
     special = {f"{name}_token_id": tokenizer.get_vocab().get(token) for name, token in _special(tokenizer)}
     if "weights" in raw:
         # The image placeholder is never looked up, but a padding token that was added is.
-        return _published_config(settings, 1 + (special["pad_token_id"] or 0))
+        return _published_config(raw, 1 + (special["pad_token_id"] or 0))
     if raw.get("vocab_size", size) < size:
         raise RecipeError(
             f"model.language_model.vocab_size: {raw['vocab_size']} is less than the tokenizer's {size}; "
@@ -197,10 +226,45 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
     return [(name, str(names[f"{name}_token"])) for name in ("bos", "eos", "pad") if f"{name}_token" in names]
 
 
-def _published_config(settings: ModelSettings, least_rows: int) -> dict[str, Any]:
-    """The configuration that comes with the language model's weights, with at least ``least_rows`` tokens."""
-    config = AutoConfig.from_pretrained(settings.language_model["weights"]).get_text_config().to_dict()
-    return {**config, "vocab_size": max(config["vocab_size"], least_rows)}
+def _published_config(raw: dict[str, Any], least_rows: int) -> dict[str, Any]:
+    """The configuration that comes with the language model's weights, with at least ``least_rows`` tokens.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is not the one the recipe says.
+
+    """
+    config = _published(raw["weights"])
+    said, theirs = raw.get("config", {}), config.to_dict()
+    ours = CONFIG_MAPPING[said["model_type"]](**said).to_dict() if said else {}
+    compared = {"rope_parameters" if key.startswith("rope_") else key for key in said}
+    wrong = [
+        f"{key} is {theirs.get(key)!r}, in the recipe {ours[key]!r}"
+        for key in sorted(compared)
+        if theirs.get(key) != ours[key]
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"language_model.weights {raw['weights']!r} are of another model than `config` says: "
+            f"{'; '.join(wrong)}"
+        )
+    return {**theirs, "vocab_size": max(theirs["vocab_size"], least_rows)}
+
+
+def _published(weights: str) -> PreTrainedConfig:
+    with _readable("language_model", weights):
+        return AutoConfig.from_pretrained(weights).get_text_config()
+
+
+@contextmanager
+def _readable(part: str, weights: str) -> Generator[None]:
+    """Turn what transformers raises about an unreadable source into our own error."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{part}.weights {weights!r} cannot be read: {error} Give a folder that holds them, or a hub id "
+            "this machine can reach."
+        ) from error
 
 
 def _load_language_model(model: VlmixForConditionalGeneration, weights: str) -> None:
@@ -210,11 +274,14 @@ def _load_language_model(model: VlmixForConditionalGeneration, weights: str) -> 
         CheckpointError: if the weights do not fit.
 
     """
-    theirs = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, use_safetensors=True)
+    with _readable("language_model", weights):
+        theirs = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, use_safetensors=True)
     rows = model.config.language.vocab_size
     if theirs.config.get_text_config().vocab_size < rows:
         theirs.resize_token_embeddings(rows, mean_resizing=False)
+    language_model = model.model.language_model
     try:
-        model.model.language_model.load_state_dict(theirs.state_dict())
+        with bare(language_model):
+            language_model.load_state_dict(theirs.state_dict())
     except RuntimeError as error:
         raise CheckpointError(f"language_model.weights {weights!r} do not fit: {error}") from None

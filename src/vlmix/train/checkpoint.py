@@ -31,6 +31,7 @@ from vlmix.core.settings import Settings, read_settings
 
 SCHEMA = "vlmix.checkpoint/1"
 KEPT = 2
+CHECKPOINTS, SETUP = "checkpoints", "setup"  # in a run's folder: these, and the configuration they are of
 
 
 class RunState(Settings):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from vlmix.core.errors import InputError
 from vlmix.models.configuration import VlmixConfig
+from vlmix.models.flops import flop_counter
 from vlmix.models.plan import forward_loss, parameter_count, shape_only, training_bytes
-from vlmix.train.build import open_sources
-from vlmix.train.order import DataOrder
+from vlmix.train.data_sets import planned_sizes
 from vlmix.train.recipe import Recipe, Stage
+from vlmix.train.solo import select_for, solo_model
 from vlmix.train.stages import stage_order
-from vlmix.train.trainable import select
 
 _ADAMW_STATES = 2
 _FLOAT32 = 4
@@ -23,22 +22,26 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """One stage. Bytes are for one process; ``steps`` is ``None`` where its data is not here to be counted.
+    """One stage. Bytes are for one process; ``steps`` is ``None`` where nothing tells the number of rows.
+
+    ``notes`` say which data is absent, or has another number of rows than published.
 
     Weights, gradients and the optimizer's two moments are float32, as vlmix trains them (with Muon, which
     keeps one moment of a matrix, it is less); activations are in the stage's precision, for one micro-batch,
-    without checkpointing.
+    without checkpointing. A solo stage runs one encoder, but the weights of the others are held all the same.
     """
 
     name: str
     steps: int | None
     samples: int | None
+    visual_tokens: int
     trainable: int
     flops_per_sample: int
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def flops(self) -> int | None:
@@ -51,43 +54,55 @@ def stage_costs(recipe: Recipe, config: VlmixConfig, *, images: int, text_tokens
 
     Raises:
         RecipeError: if a glob matches no parameter.
+        PlanError: if a solo stage's projector does not fit its encoder.
 
     """
     return [
-        _cost(stage, _order(recipe, index), config, images, text_tokens)
+        _cost(stage, _steps(recipe, index), config, images, text_tokens)
         for index, stage in enumerate(recipe.stages)
     ]
 
 
-def _order(recipe: Recipe, index: int) -> DataOrder | None:
-    try:
-        return stage_order(recipe, index, open_sources(recipe.stages[index]))
-    except InputError:
-        return None
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    count: int | None
+    notes: tuple[str, ...]
 
 
-def _cost(
-    stage: Stage, order: DataOrder | None, config: VlmixConfig, images: int, text_tokens: int
-) -> StageCost:
+def _steps(recipe: Recipe, index: int) -> _Steps:
+    stage = recipe.stages[index]
+    sizes, notes = planned_sizes(stage)
+    steps = stage.steps if sizes is None else stage_order(recipe, index, sizes).steps
+    return _Steps(steps, tuple(notes))
+
+
+def _cost(stage: Stage, steps: _Steps, config: VlmixConfig, images: int, text_tokens: int) -> StageCost:
     dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
-    model = shape_only(config, dtype).train()
-    select(model, stage.train)
+    whole = model = shape_only(config, dtype)
+    weights = parameter_count(whole)
+    if stage.solo is not None:
+        model = solo_model(whole, stage.name, stage.solo)
+        cast("nn.Module", model).to(dtype)
+        weights += parameter_count(model.model.projector)
+    model.train()
+    select_for(stage, model)
     rows = stage.micro_batch_size or stage.batch_size
     activations = training_bytes(model, rows=rows, images=images, text_tokens=text_tokens)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         forward_loss(model, rows=1, images=images, text_tokens=text_tokens).backward()
     trainable = _trainable(model)
-    steps = stage.steps or (order.steps if order else None)
     return StageCost(
         name=stage.name,
-        steps=steps,
-        samples=None if steps is None else steps * stage.batch_size,
+        steps=steps.count,
+        samples=None if steps.count is None else steps.count * stage.batch_size,
+        visual_tokens=model.model.image_seq_length,
         trainable=trainable,
         flops_per_sample=int(counter.get_total_flops()),
-        weight_bytes=parameter_count(model) * _FLOAT32,
+        weight_bytes=weights * _FLOAT32,
         gradient_bytes=trainable * _FLOAT32,
         optimizer_bytes=trainable * _FLOAT32 * _ADAMW_STATES,
         activation_bytes=activations,
+        notes=steps.notes,
     )
 
 

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from vlmix.core.adapters import AdapterSettings
 from vlmix.core.settings import Settings
 
 Raw = dict[str, Any]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+Fit = Literal["pad", "stretch", "crop"]
 
 
 class TokenizerTraining(Settings):
@@ -43,19 +45,24 @@ class ModelSettings(Settings):
 
     An encoder may carry ``weights`` (a hub id or folder) beside its own settings. The language model is
     ``{weights: hub id or folder}`` or a transformers text configuration with its ``model_type``, trained
-    from scratch. ``image_size`` is the side of the canonical picture and ``fit`` how pictures are made
-    square. ``max_length`` is the longest conversation in tokens.
+    from scratch; ``config`` beside ``weights`` is the configuration they must have, so that the recipe can
+    be planned where they are not. ``image_size`` is the side of the canonical picture and ``fit`` how
+    pictures are made square; ``views`` may show a picture as several tiles, of that side where they follow
+    its shape. ``max_length`` is the longest conversation in tokens. ``adapters`` put low-rank pairs on
+    Linears of encoders and language model; stages train them as ``*lora_*``.
     """
 
     image_size: PositiveInt
-    fit: Literal["pad", "stretch", "crop"] = "pad"
+    fit: Fit = "pad"
     encoders: Annotated[list[Raw], Field(min_length=1)]
+    views: Raw = Field(default_factory=lambda: {"kind": "whole"})
     fusion: Raw
     projector: Raw
     language_model: Raw
     tokenizer: TokenizerSettings
     chat_template: str = "plain"
     max_length: PositiveInt = 2048
+    adapters: list[AdapterSettings] = Field(default_factory=list)
 
     @field_validator("language_model")
     @classmethod
@@ -64,16 +71,28 @@ class ModelSettings(Settings):
             raise ValueError(
                 "give either `weights` (a hub id or folder) or a text configuration with `model_type`"
             )
-        if "weights" in raw and len(raw) > 1:
-            raise ValueError("`weights` brings its own configuration; remove the other keys")
+        if "weights" in raw and raw.keys() - {"weights", "config"}:
+            raise ValueError(
+                "`weights` brings its own configuration; remove the other keys, or put what it must be "
+                "under `config`"
+            )
+        if "config" in raw and (not isinstance(raw["config"], dict) or "model_type" not in raw["config"]):
+            raise ValueError("`config` is a text configuration with `model_type`")
         return raw
 
 
 class DataSettings(Settings):
-    """One source of a stage's mix; ``weight`` is its share of the draws, relative to the other weights."""
+    """One source of a stage's mix; ``weight`` is its share of the draws, relative to the other weights.
+
+    A published set carries its ``name``, its number of ``rows``, with which it is planned where it is absent
+    (a number that ends in zeros is read as rounded), and in ``get`` where it comes from and where to put it.
+    """
 
     source: Raw
     weight: PositiveFloat | None = None
+    name: str = ""
+    rows: PositiveInt | None = None
+    get: str = ""
 
 
 class OptimizerSettings(Settings):
@@ -102,18 +121,33 @@ class ScheduleSettings(Settings):
     floor: Share = 0.0
 
 
+class SoloSettings(Settings):
+    """One encoder of the model, counted from 0, alone before the language model.
+
+    The ``projector`` between them is fresh when the stage begins and gone when it ends.
+    Paper: Eagle, arXiv:2408.15998, pre-alignment.
+    """
+
+    encoder: Annotated[int, Field(ge=0)]
+    projector: Raw
+
+
 class Stage(Settings):
     """One stage of training.
 
     ``train`` maps globs over parameter names (``encoders.0.*``, ``projector.*``, ``language_model.*``) to
     learning rates; the last glob that matches a parameter counts, and what none matches is frozen.
     ``batch_size`` is samples per optimizer step, run ``micro_batch_size`` at a time. ``max_bad`` is the
-    share of unusable rows above which training stops.
+    share of unusable rows above which training stops. ``chat_template`` and ``fit`` are the model's unless
+    given. In a ``solo`` stage ``projector.*`` is the solo one.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     train: Annotated[dict[Text, PositiveFloat], Field(min_length=1)]
     data: Annotated[list[DataSettings], Field(min_length=1)]
+    chat_template: Text | None = None
+    fit: Fit | None = None
+    solo: SoloSettings | None = None
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = None
     steps: PositiveInt | None = None
@@ -165,6 +199,17 @@ class Recipe(Settings):
         names = [stage.name for stage in self.stages]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {', '.join(twice)}; give each its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _solo_encoders_exist(self) -> Self:
+        count = len(self.model.encoders)
+        for number, stage in enumerate(self.stages):
+            if stage.solo is not None and stage.solo.encoder >= count:
+                raise ValueError(
+                    f"stages.{number}.solo.encoder: there is no encoder {stage.solo.encoder}; they are "
+                    f"counted from 0 and there are {count}"
+                )
         return self
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from vlmix.core.errors import RecipeError, UnknownNameError
 from vlmix.core.files import write_text
-from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES
+from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES, VIEWS
 from vlmix.core.registry import Registry
 from vlmix.core.settings import read_settings
 from vlmix.train.recipe import Recipe
@@ -21,8 +21,9 @@ SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with vlmix."""
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    """Names of the recipes that come with vlmix; files that start with ``_`` are only bases of others."""
+    files = (path for path in SHIPPED.rglob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in files)
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -65,6 +66,8 @@ def find_recipe(path_or_name: str | Path, folder: Path) -> Path:
 def with_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of ``raw`` with each ``key.path=value`` applied; values are YAML, list items go by number.
 
+    A list item set to ``null`` is taken out of its list.
+
     Raises:
         RecipeError: if an override has no ``=``, or its path leads through something that has no keys.
 
@@ -103,11 +106,14 @@ def parts_of(recipe: Recipe) -> Iterator[tuple[str, Registry[Any], dict[str, Any
     model = recipe.model
     for index, encoder in enumerate(model.encoders):
         yield f"model.encoders.{index}", ENCODERS, {k: v for k, v in encoder.items() if k != "weights"}
+    yield "model.views", VIEWS, model.views
     yield "model.fusion", FUSIONS, model.fusion
     yield "model.projector", PROJECTORS, model.projector
     for s, stage in enumerate(recipe.stages):
         for d, data in enumerate(stage.data):
             yield f"stages.{s}.data.{d}.source", SOURCES, data.source
+        if stage.solo is not None:
+            yield f"stages.{s}.solo.projector", PROJECTORS, stage.solo.projector
         for b, transform in enumerate(stage.before):
             yield f"stages.{s}.before.{b}", TRANSFORMS, transform
     for e, judged in enumerate(recipe.evals):
@@ -130,8 +136,13 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what no weight depends on, which may change when a run is resumed."""
     free = {"name": True, "paper": True, "fidelity": True, "evals": True}
+    told = {"name": True, "rows": True, "get": True}
     return recipe.model_dump(
-        mode="json", exclude={**free, "stages": {"__all__": {"workers": True, "save_every_steps": True}}}
+        mode="json",
+        exclude={
+            **free,
+            "stages": {"__all__": {"workers": True, "save_every_steps": True, "data": {"__all__": told}}},
+        },
     )
 
 
@@ -158,16 +169,40 @@ def _with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise RecipeError(f"{path}: `base` is the path or name of a recipe, not {base!r}")
-    return _merged(_with_base(find_recipe(base, path.parent), (*above, path)), raw)
+    below = _with_base(find_recipe(base, path.parent), (*above, path))
+    try:
+        return _merged(below, raw)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key; lists and values are replaced."""
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Mappings are merged key by key, values and lists replaced; a mapping over a list changes its items."""
     result = dict(base)
     for key, value in over.items():
-        old = result.get(key)
-        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        old, place = result.get(key), f"{where}{key}"
+        if isinstance(old, dict) and isinstance(value, dict):
+            result[key] = _merged(old, value, f"{place}.")
+        elif isinstance(old, list) and isinstance(value, dict):
+            result[key] = _with_items(old, value, place)
+        else:
+            result[key] = value
     return result
+
+
+def _with_items(base: Sequence[Any], over: Mapping[str | int, Any], where: str) -> list[Any]:
+    """The list with items changed by their ``name`` or place, or taken out by ``null``."""
+    named = {item.get("name", i) if isinstance(item, dict) else i: i for i, item in enumerate(base)}
+    items = dict(enumerate(base))
+    for key, value in over.items():
+        place = named.get(key, key)
+        if place not in items:
+            known = ", ".join(map(str, named))
+            raise RecipeError(f"{where}.{key}: the base has no such item, only {known}")
+        old = items[place]
+        both = isinstance(old, dict) and isinstance(value, dict)
+        items[place] = _merged(old, value, f"{where}.{key}.") if both else value
+    return [item for item in items.values() if item is not None]
 
 
 def _set(target: Any, path: Sequence[str], value: Any, whole: str) -> Any:
@@ -178,6 +213,8 @@ def _set(target: Any, path: Sequence[str], value: Any, whole: str) -> Any:
     if isinstance(target, list):
         if not key.isdecimal() or int(key) >= len(target):
             raise RecipeError(f"{whole}: {key!r} is not a place in a list of {len(target)} (counted from 0)")
+        if value is None and not rest:
+            return [v for i, v in enumerate(target) if i != int(key)]
         return [_set(v, rest, value, whole) if i == int(key) else v for i, v in enumerate(target)]
     if not isinstance(target, dict):
         raise RecipeError(f"{whole}: there is nothing under {target!r} to set {key!r} in")

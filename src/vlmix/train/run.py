@@ -20,14 +20,15 @@ from vlmix.core.files import (
 )
 from vlmix.models.loading import default_device, no_bars
 from vlmix.train.build import Setup, build, check_parts, load_setup, save_setup
-from vlmix.train.checkpoint import Found, newest, versions
+from vlmix.train.checkpoint import CHECKPOINTS, SETUP, Found, newest, versions
+from vlmix.train.data_sets import check_present
 from vlmix.train.interrupt import StopRequest
 from vlmix.train.recipe import Recipe
 from vlmix.train.recipe_file import differences, load_recipe, write_recipe
-from vlmix.train.stages import CHECKPOINTS, Stages
+from vlmix.train.stages import Stages
 
 MODEL_SCHEMA = "vlmix.model/1"
-_SETUP, _RECIPE, _MODEL = "setup", "recipe.yaml", "model"
+_RECIPE, _MODEL = "recipe.yaml", "model"
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, console: Console) -> Path:
@@ -38,7 +39,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, console: Cons
     the same result twice (CPUs do; some GPU kernels do not).
 
     Raises:
-        InputError: if the recipe is wrong, or ``out`` holds something and ``resume`` is not set.
+        InputError: if the recipe is wrong, data is missing, or ``out`` holds something and ``resume`` is not
+            set.
         CheckpointError: if recipe or data changed since the run began, or no checkpoint is whole.
         RunLockedError: if another process uses ``out``.
         NonFiniteError: if a loss or gradient is not finite.
@@ -48,9 +50,10 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, console: Cons
 
     """
     check_parts(recipe)
+    check_present(recipe)
     with run_lock(out):
         found = _resume_point(recipe, out, resume, console)
-        setup = load_setup(out / _SETUP, recipe.seed) if found else build(recipe)
+        setup = load_setup(out / SETUP, recipe.seed) if found else build(recipe)
         stages = Stages.plan(recipe, out, setup, console)
         if found is None:
             _write_down(recipe, setup, out)
@@ -102,7 +105,7 @@ def _warnings(found: Found | None) -> list[str]:
 
 def _write_down(recipe: Recipe, setup: Setup, out: Path) -> None:
     """What the run is, before it begins; the recipe last, for a folder that has it is a run."""
-    save_setup(setup, out / _SETUP)
+    save_setup(setup, out / SETUP)
     write_json(out / "versions.json", versions())
     write_json(out / "resolved.json", recipe.model_dump(mode="json"))
     write_recipe(out / _RECIPE, recipe)

@@ -17,11 +17,14 @@ from vlmix.core.interfaces import Source
 from vlmix.core.parts import read_part
 from vlmix.core.sample import Sample
 from vlmix.data.ledger import FILE_NAME, Ledger
+from vlmix.models.adapters import bare, merged_tensors, reset_adapters
+from vlmix.models.batching import Encoded, Opened
 from vlmix.models.modeling import VlmixForConditionalGeneration
-from vlmix.models.processing import Encoded, VlmixProcessor
+from vlmix.models.processing import VlmixProcessor
 from vlmix.train import checkpoint
-from vlmix.train.build import Setup, open_sources
-from vlmix.train.checkpoint import Found, RunState
+from vlmix.train.build import Setup, open_sources, stage_processor
+from vlmix.train.checkpoint import CHECKPOINTS, Found, RunState
+from vlmix.train.data_sets import row_notes
 from vlmix.train.interrupt import StopRequest
 from vlmix.train.loader import Encoder, Loader, NamedSource
 from vlmix.train.loop import StageLoop
@@ -30,10 +33,11 @@ from vlmix.train.order import DataOrder
 from vlmix.train.progress import ProgressLine
 from vlmix.train.recipe import Recipe, Stage
 from vlmix.train.records import MetricsFile, Sink, TensorBoard, draw_curves, read_metrics
-from vlmix.train.trainable import Selection, select, table
+from vlmix.train.solo import Running, running, select_for
+from vlmix.train.trainable import Selection, table
 from vlmix.train.transforms import TRANSFORMS
 
-CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,22 @@ class Stages:
 
         Raises:
             RecipeError: if a glob matches nothing or a source is empty.
+            PlanError: if a solo stage's projector does not fit its encoder.
             CheckpointError: if a stage starts from a folder that is no model.
 
         """
-        for stage in recipe.stages:
-            select(setup.model, stage.train)
+        for index, stage in enumerate(recipe.stages):
+            select_for(stage, running(setup, stage, (recipe.seed, index)).model)
             if stage.start_from != "previous" and not (Path(stage.start_from) / "config.json").is_file():
                 raise CheckpointError(
                     f"start_from: {stage.start_from} is not a model folder; it has no config.json"
                 )
         sources = tuple(open_sources(stage) for stage in recipe.stages)
-        orders = tuple(stage_order(recipe, index, opened) for index, opened in enumerate(sources))
+        for stage, opened in zip(recipe.stages, sources, strict=True):
+            for note in row_notes(stage, opened):
+                console.print(f"warning: stage {stage.name}: {note}", markup=False, soft_wrap=True)
+        sizes = ([len(source) for source in opened] for opened in sources)
+        orders = tuple(stage_order(recipe, index, found) for index, found in enumerate(sizes))
         return Stages(recipe, out, setup, console, sources, orders)
 
     def run(self, found: Found | None, stop: StopRequest) -> None:
@@ -75,39 +84,38 @@ class Stages:
             InterruptedRunError: if a signal asked to stop; a checkpoint was saved first.
 
         """
-        if found is not None:
-            self._take_up(found)
-        for index in range(len(self.recipe.stages)):
+        for index in range(found.state.stage_index if found is not None else 0, len(self.recipe.stages)):
             here = found if found is not None and found.state.stage_index == index else None
-            is_over = found is not None and found.state.stage_index > index
-            if is_over or (here is not None and here.state.step == here.state.steps):
-                continue
-            self._stage(index, here, stop)
+            if here is None:
+                self._prepare(self.recipe.stages[index])
+            ran = running(self.setup, self.recipe.stages[index], (self.recipe.seed, index))
+            if here is not None:
+                self._take_up(here, ran)
+            if here is None or here.state.step < here.state.steps:
+                self._stage(index, ran, here, stop)
 
-    def _take_up(self, found: Found) -> None:
+    def _take_up(self, found: Found, ran: Running) -> None:
         state = found.state
         if state.order != self.orders[state.stage_index].fingerprint:
             raise CheckpointError(
                 f"the data of stage {state.stage} changed since {found.folder}: another number of rows. "
                 "Restore the data, or start again in another folder"
             )
-        checkpoint.load_weights(found.folder, self.setup.model)
+        checkpoint.load_weights(found.folder, ran.kept)
         checkpoint.load_random_state(found.folder)
         self.ledgers.update(state.ledgers)
         self.console.print(f"resuming stage {state.stage} after step {state.step} of {state.steps}")
 
-    def _stage(self, index: int, found: Found | None, stop: StopRequest) -> None:
-        stage, model = self.recipe.stages[index], self.setup.model
-        if found is None:
-            self._prepare(stage)
-        model.zero_grad(set_to_none=True)
-        selection = select(model, stage.train)
+    def _stage(self, index: int, ran: Running, found: Found | None, stop: StopRequest) -> None:
+        stage = self.recipe.stages[index]
+        self.setup.model.zero_grad(set_to_none=True)
+        selection = select_for(stage, ran.model)
         self.console.print(table(selection, stage.name))
-        optimizer = build_optimizer(selection, stage.optimizer, model)
+        optimizer = build_optimizer(selection, stage.optimizer, ran.model)
         if found is not None:
             checkpoint.load_optimizer(found.folder, selection.parameters, optimizer)
         first_step = found.state.step if found is not None else 0
-        self._train(index, first_step, _Trained(selection, optimizer), stop)
+        self._train(index, first_step, _Trained(ran, selection, optimizer), stop)
         draw_curves(read_metrics(self.out / METRICS), self.out / "curves.png")
         if stop.signal:
             raise InterruptedRunError(
@@ -135,10 +143,10 @@ class Stages:
             for sink in sinks:
                 stack.callback(sink.close)
             ledger = self._ledger(stage)
-            loader = stack.enter_context(self._loader(index))
+            loader = stack.enter_context(self._loader(index, trained.running.processor))
             loop = StageLoop(
                 stage=stage,
-                model=self.setup.model,
+                model=trained.running.model,
                 selection=trained.selection,
                 optimizer=trained.optimizer,
                 loader=loader,
@@ -175,7 +183,7 @@ class Stages:
             versions=checkpoint.versions(),
         )
         named = trained.selection.parameters
-        checkpoint.save(self.out / CHECKPOINTS, state, self.setup.model, named, trained.optimizer)
+        checkpoint.save(self.out / CHECKPOINTS, state, trained.running.kept, named, trained.optimizer)
 
     def _ledger(self, stage: Stage) -> Ledger:
         path = self.out / FILE_NAME
@@ -183,14 +191,14 @@ class Stages:
             return Ledger.from_dict(path, self.ledgers[stage.name], max_bad=stage.max_bad)
         return Ledger(path, max_bad=stage.max_bad)
 
-    def _loader(self, index: int) -> Loader:
+    def _loader(self, index: int, processor: VlmixProcessor) -> Loader:
         stage = self.recipe.stages[index]
         names = [f"{stage.name}.data.{i}.{data.source['kind']}" for i, data in enumerate(stage.data)]
         sources = [NamedSource(*pair) for pair in zip(names, self.sources[index], strict=True)]
         return Loader(
             self.orders[index],
             sources,
-            sample_encoder(self.setup.processor),
+            sample_encoder(stage_processor(processor, stage)),
             micro_batch_size=stage.micro_batch_size or stage.batch_size,
             workers=stage.workers,
         )
@@ -200,12 +208,13 @@ class Stages:
 class _Trained:
     """What a stage trains, and with what."""
 
+    running: Running
     selection: Selection
     optimizer: Optimizer
 
 
-def stage_order(recipe: Recipe, index: int, sources: Sequence[Source]) -> DataOrder:
-    """The order in which stage ``index`` draws rows from its sources.
+def stage_order(recipe: Recipe, index: int, sizes: Sequence[int]) -> DataOrder:
+    """The order in which stage ``index`` draws rows from sources of these sizes.
 
     Raises:
         RecipeError: if a source is empty or its weight too small.
@@ -213,7 +222,7 @@ def stage_order(recipe: Recipe, index: int, sources: Sequence[Source]) -> DataOr
     """
     stage = recipe.stages[index]
     return DataOrder.plan(
-        [len(source) for source in sources],
+        sizes,
         [data.weight for data in stage.data],
         stage.batch_size,
         (recipe.seed, index),
@@ -225,13 +234,13 @@ def stage_order(recipe: Recipe, index: int, sources: Sequence[Source]) -> DataOr
 def sample_encoder(processor: VlmixProcessor) -> Encoder:
     """Samples to tensors through the processor, answers supervised, pictures opened one sample at a time."""
 
-    def encode(sample: Sample) -> tuple[Encoded, Tensor]:
+    def encode(sample: Sample) -> tuple[Encoded, Opened]:
         encoded = processor.encode(sample, supervise=True)
         return encoded, processor.open_images(encoded)
 
-    def collate(pairs: Sequence[tuple[Encoded, Tensor]]) -> dict[str, Tensor]:
-        encoded, pixels = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        return dict(processor.collate(encoded, padding_side="right", pixels=pixels))
+    def collate(pairs: Sequence[tuple[Encoded, Opened]]) -> dict[str, Tensor]:
+        encoded, opened = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return dict(processor.collate(encoded, padding_side="right", opened=opened))
 
     return Encoder(encode, collate)
 
@@ -239,12 +248,21 @@ def sample_encoder(processor: VlmixProcessor) -> Encoder:
 def load_model_weights(model: VlmixForConditionalGeneration, folder: str) -> None:
     """Copy the weights of a model folder into ``model``.
 
+    Where the two have different adapters, the folder's are merged into its weights and those of ``model``
+    start anew.
+
     Raises:
         CheckpointError: if it is another kind of model, or a tensor does not fit.
 
     """
     other = VlmixForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+    theirs, tensors = other.config.adapter_settings(), other.state_dict()
     try:
-        model.load_state_dict(other.state_dict())
+        if theirs == model.config.adapter_settings():
+            model.load_state_dict(tensors)
+            return
+        with bare(model):
+            model.load_state_dict(merged_tensors(tensors, theirs))
+        reset_adapters(model)
     except RuntimeError as error:
         raise CheckpointError(f"start_from: the weights of {folder} do not fit: {error}") from None

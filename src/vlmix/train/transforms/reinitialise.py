@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import torch
@@ -40,21 +41,28 @@ class Reinitialise(Transform):
     def apply(self, model: PreTrainedModel) -> str:
         """Redraw the matched parameters; everything else keeps its bits."""
         chosen = matching(model, self.settings.parameters, "before.parameters")
-        fresh = {id(parameter) for parameter in chosen.values()}
-        tensors = [*model.parameters(), *model.buffers()]
-        with torch.no_grad():
-            for parameter in chosen.values():
-                parameter.fill_(torch.nan)
-        # transformers initialises what is not marked as done: the mechanism it uses for missing weights.
-        _mark(model, fresh)
-        model.initialize_weights()
-        for tensor in tensors:
-            tensor.__dict__.pop(_DONE, None)
-        if untouched := [name for name, value in chosen.items() if not bool(value.isfinite().all())]:
-            raise RecipeError(
-                f"before.parameters: nothing in the model says how to initialise {untouched[0]!r}"
-            )
+        redraw(model, chosen, "before.parameters")
         return f"fresh weights: {len(chosen)} tensors of {', '.join(self.settings.parameters)}"
+
+
+def redraw(model: PreTrainedModel, chosen: Mapping[str, nn.Parameter], where: str) -> None:
+    """Give the parameters of ``model`` in ``chosen`` fresh values from torch's own generator.
+
+    Raises:
+        RecipeError: if nothing in the model initialises one of them; starts with ``where``.
+
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        for parameter in chosen.values():
+            parameter.fill_(torch.nan)
+    # transformers initialises what is not marked as done: the mechanism it uses for missing weights.
+    _mark(model, {id(parameter) for parameter in chosen.values()})
+    model.initialize_weights()
+    for tensor in tensors:
+        tensor.__dict__.pop(_DONE, None)
+    if untouched := [name for name, value in chosen.items() if not bool(value.isfinite().all())]:
+        raise RecipeError(f"{where}: nothing in the model says how to initialise {untouched[0]!r}")
 
 
 def _mark(model: nn.Module, fresh: set[int]) -> None:
