@@ -99,6 +99,12 @@ def test_a_finished_run_answers_is_judged_and_planned(run_folder):
     assert "one" in vlmix("plan", "tiny.yaml", cwd=run_folder, check=0).stdout
 
 
+def test_a_dress_rehearsal_needs_neither_weights_nor_data(tmp_path):
+    rehearsed = vlmix("train", "eagle/x2_7b", "stages.1=null", "--tiny", cwd=tmp_path, check=0)
+    assert "dress rehearsal" in rehearsed.stderr
+    assert (tmp_path / "runs/eagle_x2_7b_tiny/model/config.json").is_file()
+
+
 def test_training_again_needs_a_word(run_folder):
     again = vlmix("train", "tiny.yaml", "--out", "run", cwd=run_folder, check=2)
     assert "--resume" in again.stderr

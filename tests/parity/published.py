@@ -24,6 +24,7 @@ _EAGLE = ["image_size=256", "fusion.grid=[8,8]", "encoders.0.image_size=84", "en
 CHANGES = {
     "llava-1.5": [],
     "mgm-llama": [],
+    "mgm-llama-hd": [],
     "llava-hr": ["encoders.0.heads=4", "encoders.0.image_size=84"],
     "eagle-x2-clip-convnext": [*_EAGLE, "encoders.1.image_size=256"],
     "eagle-x5": [
@@ -38,6 +39,7 @@ CHANGES = {
 FAMILY = {
     "llava-1.5": "llava",
     "mgm-llama": "mini_gemini",
+    "mgm-llama-hd": "mini_gemini",
     "llava-hr": "llava_hr",
     "eagle-x2-clip-convnext": "eagle",
     "eagle-x5": "eagle",

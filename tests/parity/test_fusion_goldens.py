@@ -6,14 +6,14 @@ from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
 from tests.parity.published import GOLDENS
+from vlmix.convert._names import Names, Rename
 from vlmix.core.tensors import FeatureMap
+from vlmix.fusion._aggregation import JointLayer, SeparateLayer
 from vlmix.fusion._sampling import DeformableAttention, sample_points
-from vlmix.fusion.spatial_aggregator import AggregatorLayer
 
 FOLDER = GOLDENS / "modules-sva-deform"
 pytestmark = [
@@ -21,6 +21,28 @@ pytestmark = [
     pytest.mark.golden,
     pytest.mark.skipif(not FOLDER.is_dir(), reason="the shared golden folders are absent"),
 ]
+
+
+AGGREGATOR_NAMES = Names(
+    [
+        Rename("pos_embed_{n}", "places.{n}"),
+        Rename("proj_out.linear_1.{rest}", "mlp.0.{rest}"),
+        Rename("proj_out.linear_2.{rest}", "mlp.2.{rest}"),
+        Rename("weight_mlp.linear_1.{rest}", "weights.0.{rest}"),
+        Rename("weight_mlp.linear_2.{rest}", "weights.2.{rest}"),
+        Rename("cross_attn.q_proj.{rest}", "query.{rest}"),
+        Rename("cross_attn.o_proj.{rest}", "out.{rest}"),
+        Rename("cross_attn.k_proj_{n}.{rest}", "keys.{n}.{rest}"),
+        Rename("cross_attn.v_proj_{n}.{rest}", "values.{n}.{rest}"),
+        Rename("aggregate_{n}.attention_layer.linear_1.{rest}", "readers.{n}.0.{rest}"),
+        Rename("aggregate_{n}.attention_layer.linear_2.{rest}", "readers.{n}.2.{rest}"),
+        Rename("aggregate_{n}.attention_layer.q_proj.{rest}", "readers.{n}.query.{rest}"),
+        Rename("aggregate_{n}.attention_layer.k_proj.{rest}", "readers.{n}.key.{rest}"),
+        Rename("aggregate_{n}.attention_layer.v_proj.{rest}", "readers.{n}.value.{rest}"),
+        Rename("aggregate_{n}.attention_layer.o_proj.{rest}", "readers.{n}.out.{rest}"),
+        Rename("{rest}", "{rest}"),
+    ]
+)
 
 
 @cache
@@ -99,38 +121,17 @@ def test_the_whole_attention_is_deformable_detrs_and_starts_as_it_does():
         assert_agree(torch.cat(found, dim=1)[0], tensors("outputs")["msdeform.module.points"][row])
 
 
+@pytest.mark.parametrize("kind", ["joint", "sep"])
 @torch.no_grad()
-def test_the_aggregator_is_cambrians(monkeypatch):
-    inputs, expected = tensors("inputs"), tensors("outputs")["vision_token_sampler.joint.out"]
-    # The fixture hides some keys as padding; ours has none, so the mask is slipped in where they are scored.
-    shown = torch.cat([inputs[f"sva.mask{i}"] for i in range(3)], dim=1)[:, None, None, None]
-    attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: attend(q, k, v, attn_mask=shown))
-    windows = [inputs[f"sva.kv{i}"] for i in range(3)]
+def test_the_aggregator_is_cambrians(kind):
+    """Its layer, with keys hidden as padding; theirs takes every window as a row of a batch."""
+    inputs, expected = tensors("inputs"), tensors("outputs")[f"vision_token_sampler.{kind}.out"]
+    windows = [inputs[f"sva.kv{i}"][:, None] for i in range(3)]
+    masks = [inputs[f"sva.mask{i}"][:, None] for i in range(3)]
     x, context = inputs["sva.queries"], inputs["sva.context"]
     for number in range(2):
-        stored = weights(f"vision_token_sampler.joint.layers.{number}.")
-        layer = AggregatorLayer(32, 48, [24, 32, 32], [1, 4, 16], heads=16).eval()
-        layer.load_state_dict(renamed(stored))
-        # Theirs takes every window as a row of a batch with one query.
-        x = layer(x, context, [window[:, None] for window in windows])
+        stored = weights(f"vision_token_sampler.{kind}.layers.{number}.")
+        layer = {"joint": JointLayer, "sep": SeparateLayer}[kind](32, 32, 48, [24, 32, 32], [1, 4, 16], 16)
+        layer.load_state_dict({AGGREGATOR_NAMES.ours(key): tensor for key, tensor in stored.items()})
+        x = layer(x, context, windows, masks)
     assert_agree(x, expected)
-
-
-def renamed(stored):
-    """Cambrian's names -> ours."""
-    pairs = [
-        ("cross_attn.q_proj.", "query."),
-        ("cross_attn.o_proj.", "out."),
-        ("proj_out.linear_1.", "mlp.0."),
-        ("proj_out.linear_2.", "mlp.2."),
-        ("pos_embed_", "places."),
-        *((f"cross_attn.{kind}_proj_{i}.", f"{ours}.{i}.") for i in range(3) for kind, ours in _KINDS),
-    ]
-    names = dict.fromkeys(stored)
-    for theirs, ours in pairs:
-        names.update({k: ours + k.removeprefix(theirs) for k in names if k.startswith(theirs)})
-    return {names[key] or key: tensor for key, tensor in stored.items()}
-
-
-_KINDS = (("k", "keys"), ("v", "values"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 from rich.console import Console
@@ -17,6 +18,12 @@ def out() -> Console:
 def err() -> Console:
     """The console for progress and messages."""
     return Console(stderr=True, highlight=False)
+
+
+def show_warnings(console: Console, warnings: Iterable[str]) -> None:
+    """Print one yellow line for each."""
+    for line in warnings:
+        console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
 
 
 def fail(message: str, code: int) -> NoReturn:

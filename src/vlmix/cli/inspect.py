@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from vlmix.cli.console import out
+from vlmix.cli.console import out, show_warnings
 
 if TYPE_CHECKING:
     from vlmix.models.plan import ModelCost
     from vlmix.train.costs import StageCost
 
-_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_ABREAST = 3  # stages in one table
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def plan(
@@ -33,6 +34,7 @@ def plan(
 
     Nothing is built: no weight exists at any time, so a 7B model is planned in seconds on a laptop.
     """
+    from vlmix.models.cautions import cautions
     from vlmix.models.loading import model_folder
     from vlmix.models.plan import plan_model
 
@@ -49,13 +51,15 @@ def plan(
         recipe = load_recipe(target, overrides or [])
         name, config = recipe.name, recipe_config(recipe)
         stages = stage_costs(recipe, config, images=images, text_tokens=text_tokens)
-    cost = plan_model(config, images=images, text_tokens=text_tokens)
+    cost, warnings = plan_model(config, images=images, text_tokens=text_tokens), cautions(config)
     if as_json:
-        out().print_json(json.dumps({"name": name, **_as_dict(cost), "stages": [asdict(s) for s in stages]}))
+        more = {"stages": [asdict(s) for s in stages], "warnings": warnings}
+        out().print_json(json.dumps({"name": name, **_as_dict(cost), **more}))
         return
     _show_model(name, cost)
     if stages:
         _show_stages(stages)
+    show_warnings(out(), warnings)
 
 
 def _as_dict(cost: ModelCost) -> dict[str, object]:
@@ -74,15 +78,17 @@ def _show_model(name: str, cost: ModelCost) -> None:
     parts = Table(title=f"{name}: what one picture costs", title_justify="left", box=None, padding=(0, 2))
     for column in ("part", "grid", "channels", "parameters", "FLOPs"):
         parts.add_column(column, justify="left" if column == "part" else "right")
-    specs = [*cost.vision.encoders, cost.vision.fused, cost.vision.projected]
-    for part, spec in zip(cost.parts, [*specs, None], strict=True):
-        grid = f"{spec.grid[0]}x{spec.grid[1]}" if spec else f"{cost.prompt_tokens} tokens"
+    for part in cost.parts:
+        spec = part.spec
+        grid = f"{spec.grid[0]}x{spec.grid[1]}" if spec else ""
         channels = str(spec.channels) if spec else ""
         parts.add_row(part.name, grid, channels, quantity(part.parameters), quantity(part.flops))
     parts.add_row("[bold]total[/]", "", "", quantity(cost.parameters), quantity(cost.prefill_flops))
     out().print(parts)
+    most = "at most " if cost.vision.varies else ""
     rows = {
-        "visual tokens per picture": str(cost.vision.tokens),
+        "views per picture": f"{most}{cost.vision.views}",
+        "visual tokens per picture": f"{most}{cost.vision.tokens}",
         "prompt": f"{cost.prompt_tokens} tokens: {cost.images} x {cost.vision.tokens} visual "
         f"and {cost.text_tokens} of text",
         "parameters active": f"{quantity(cost.parameters)} of {quantity(cost.parameters)}",
@@ -99,6 +105,14 @@ def _show_model(name: str, cost: ModelCost) -> None:
 
 
 def _show_stages(stages: list[StageCost]) -> None:
+    for first in range(0, len(stages), _ABREAST):
+        out().print(_stage_table(stages[first : first + _ABREAST]))
+    for stage in stages:
+        for note in stage.notes:
+            out().print(f"{stage.name}: {note}", markup=False, soft_wrap=True)
+
+
+def _stage_table(stages: list[StageCost]) -> Table:
     table = Table(title="training stages", title_justify="left", box=None, padding=(0, 2))
     table.add_column()
     for stage in stages:
@@ -107,6 +121,7 @@ def _show_stages(stages: list[StageCost]) -> None:
     rows: dict[str, Callable[[StageCost], str]] = {
         "steps": lambda s: absent if s.steps is None else str(s.steps),
         "samples": lambda s: absent if s.samples is None else str(s.samples),
+        "visual tokens per picture": lambda s: str(s.visual_tokens),
         "trainable": lambda s: quantity(s.trainable),
         "forward and backward, a sample": lambda s: f"{quantity(s.flops_per_sample)}FLOP",
         "forward and backward, the stage": lambda s: (
@@ -119,7 +134,7 @@ def _show_stages(stages: list[StageCost]) -> None:
     }
     for label, show in rows.items():
         table.add_row(label, *(show(stage) for stage in stages))
-    out().print(table)
+    return table
 
 
 def quantity(value: float) -> str:

@@ -8,25 +8,32 @@ import typer
 from rich.table import Table
 
 from vlmix.cli.console import out
+from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import UnknownNameError
-from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES
+from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES, VIEWS
 from vlmix.train.recipe_file import find_recipe, shipped_recipes
 
 _REGISTRIES = {
     "encoders": ENCODERS,
+    "views": VIEWS,
     "fusion": FUSIONS,
     "projectors": PROJECTORS,
     "sources": SOURCES,
     "benchmarks": BENCHMARKS,
+    "families": FAMILIES,
 }
 
 
 def list_parts(
     what: str = typer.Argument(
-        "", help="encoders, fusion, projectors, sources, benchmarks or recipes; all if left out."
+        "",
+        help="encoders, views, fusion, projectors, sources, benchmarks, families, recipes; all if left out.",
     ),
 ) -> None:
-    """List the parts, data sources, benchmarks and recipes that vlmix ships or finds in plugins."""
+    """List the parts, data sources, benchmarks and recipes that vlmix ships or finds in plugins.
+
+    Families are the published checkpoints that `vlmix convert` reads and writes.
+    """
     kinds = [*_REGISTRIES, "recipes"]
     if what and what not in kinds:
         raise UnknownNameError("list", what, kinds)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from vlmix.cli.console import out
+from vlmix.cli.console import err, out, show_warnings
 
 
 def train(
@@ -18,8 +18,16 @@ def train(
         None, "--out", help="Run folder; runs/NAME if left out.", show_default=False
     ),
     resume: bool = typer.Option(False, "--resume", help="Continue the run in the folder where it stopped."),
+    tiny: bool = typer.Option(
+        False,
+        "--tiny",
+        help="A dress rehearsal: every part at toy size, two steps a stage, no weights and no data needed.",
+    ),
 ) -> None:
     """Train a model through the stages of RECIPE, judge it, and write a report.
+
+    A stage trains what its globs name: parts of the model, low-rank adapters on them (`model.adapters`), or
+    one encoder alone with a projector of its own (`solo`).
 
     The run folder then holds the model (an ordinary transformers folder), metrics, curves, the quarantine
     ledger and report/report.html. Ctrl-C stops after the current step; --resume goes on from there.
@@ -27,10 +35,23 @@ def train(
     from vlmix.train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    folder = out_dir or Path("runs") / loaded.name
+    folder = out_dir or Path("runs") / (f"{loaded.name}_tiny" if tiny else loaded.name)
+    if tiny:
+        from vlmix.train.build import check_parts
+        from vlmix.train.tiny import shrunk
+
+        check_parts(loaded)
+        err().print(
+            f"a dress rehearsal of {loaded.name}: every code path of this recipe, none of its quality"
+        )
+        loaded = shrunk(loaded, folder.with_name(f"{folder.name}_data"))
 
     from vlmix.cli.flow import train_and_judge
+    from vlmix.models.cautions import cautions
+    from vlmix.train.build import check_parts, recipe_config
 
+    check_parts(loaded)
+    show_warnings(err(), cautions(recipe_config(loaded)))
     results = train_and_judge(loaded, folder, resume=resume)
     console = out()
     console.print(f"model   {folder / 'model'}")

@@ -9,11 +9,8 @@ from typing import Any
 
 from vlmix.convert._names import Names
 from vlmix.convert._source import PublishedFolder
-from vlmix.core.registry import Registry
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.image_processing import Fit
-
-FAMILIES: Registry[Family] = Registry("vlmix.convert.families", "checkpoint family")
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,31 @@
-"""Facts that everything descended from LLaVA shares: decoder, CLIP tower, projector, and their names."""
+"""Facts that everything descended from LLaVA shares: decoder, projector, flat config, and their names."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from vlmix.convert._names import Rename, Unused
+from vlmix.convert._names import Names, Rename, Stack, Unused
 from vlmix.convert._source import PublishedFolder
 from vlmix.core.errors import CheckpointError
 from vlmix.models.configuration import VlmixConfig
 
-CLIP = "model.vision_tower.vision_tower.vision_model."
-HEAD_WIDTH = 64  # of every published CLIP; shapes do not show it
-XXLARGE_WIDTH = 384
-_LANGUAGES = ("Llama", "Mistral", "Mixtral", "Gemma", "Qwen2", "Phi")
+# What stands in class names, and the decoder behind it; the last of a kind is what is written.
+_LANGUAGES = {
+    "Llama": "llama",
+    "Mistral": "mistral",
+    "Mixtral": "mixtral",
+    "Gemma": "gemma",
+    "Qwen": "qwen2",
+    "Qwen2": "qwen2",
+    "Phi": "phi",
+}
+_CLASS = re.compile(f"({'|'.join(_LANGUAGES)})ForCausalLM")
 _FOREIGN = re.compile(
     r"mm_|tune_|freeze_|use_mm_|unfreeze_|image_|optimize_|tokenizer_|aux_|vision_|is_multipath|input_image"
+    r"|num_query_group|query_num_list|connector_|(num|start|stride)_of_vision"
 )
 _NOT_LANGUAGE = frozenset(
     (
@@ -32,15 +39,24 @@ _NOT_LANGUAGE = frozenset(
     )
 )
 
-LANGUAGE_NAMES = (
-    Rename("lm_head.{rest}", "model.language_model.lm_head.{rest}"),
-    Rename("model.{rest}", "model.language_model.model.{rest}"),
+_ROPE = ("rope_theta", "partial_rotary_factor")  # once keys of their own
+_LAYER, _OUR_LAYER = "model.layers.{n}.", "model.language_model.model.layers.{n}."
+_EXPERT = f"{_LAYER}block_sparse_moe.experts.{{e}}."
+
+LANGUAGE = Names(
+    (
+        # Mixtral as it lies on the hub; transformers 5 holds all experts of a layer in two tensors.
+        Stack((f"{_EXPERT}w1.weight", f"{_EXPERT}w3.weight"), f"{_OUR_LAYER}mlp.experts.gate_up_proj"),
+        Stack((f"{_EXPERT}w2.weight",), f"{_OUR_LAYER}mlp.experts.down_proj"),
+        Rename(f"{_LAYER}block_sparse_moe.gate.{{rest}}", f"{_OUR_LAYER}mlp.gate.{{rest}}"),
+        Rename("lm_head.{rest}", "model.language_model.lm_head.{rest}"),
+        Rename("model.{rest}", "model.language_model.model.{rest}"),
+    ),
+    (Unused(f"{_LAYER}self_attn.rotary_emb.inv_freq", "computed from the config"),),
 )
-TEXT_SIDE = tuple(
-    Unused(name, "the text side of CLIP")
-    for name in ("text_model.{rest}", "text_projection.{rest}", "visual_projection.{rest}", "logit_scale")
-)
-LANGUAGE_UNUSED = (Unused("model.layers.{n}.self_attn.rotary_emb.inv_freq", "computed from the config"),)
+# Templates by decoder; one of Llama's make is told further by its vocabulary.
+TEMPLATES = {"mistral": "mistral", "mixtral": "mistral", "gemma": "gemma", "qwen2": "chatml", "phi": "phi"}
+_LLAMA3, _YI = 128256, 64000
 
 
 def architecture(folder: PublishedFolder) -> str:
@@ -50,22 +66,69 @@ def architecture(folder: PublishedFolder) -> str:
 
 
 def language_config(folder: PublishedFolder) -> dict[str, Any]:
-    """The decoder's own part of a flat ``config.json``.
+    """The decoder's own part of a flat ``config.json``, or its own config where its folder is another.
 
     Raises:
-        CheckpointError: if the class is not of a known decoder.
+        CheckpointError: if there is no decoder, or one that is not known here.
 
     """
-    name = architecture(folder)
-    kind = next((language for language in _LANGUAGES if language in name), None)
-    if kind is None:
-        raise CheckpointError(f"{folder.folder}: {name!r} is built on no decoder known here: {_LANGUAGES}")
+    if not any(name.startswith("model.layers.") for name in folder.tensors):
+        raise CheckpointError(
+            f"{folder.folder}: holds what a first stage trained and no language model. Give the folder of "
+            "the decoder it was trained on with --language-model DIR"
+        )
+    config = folder.config if folder.decoder is None else folder.decoder
+    kind = _decoder(folder, config)
     own = {
         key: value
-        for key, value in folder.config.items()
-        if not _FOREIGN.match(key) and key not in _NOT_LANGUAGE
+        for key, value in config.items()
+        if not _FOREIGN.match(key) and key not in _NOT_LANGUAGE and key != "hidden_activation"
     }
-    return {**own, "model_type": kind.lower()}
+    # What the whole was trained with counts, not what a newer copy of the decoder says.
+    activation = folder.config if "hidden_act" in folder.config else config
+    return {**own, **(_gemma_activation(activation) if kind == "gemma" else {}), "model_type": kind}
+
+
+def _decoder(folder: PublishedFolder, config: Mapping[str, Any]) -> str:
+    if folder.decoder is not None:
+        return str(config.get("model_type"))
+    found = _CLASS.search(architecture(folder))
+    if found is None:
+        raise CheckpointError(
+            f"{folder.folder}: {architecture(folder)!r} is built on no decoder known here: "
+            f"{', '.join(_LANGUAGES)}"
+        )
+    return _LANGUAGES[found.group(1)]
+
+
+def _gemma_activation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which GELU a Gemma was trained with.
+
+    Up to transformers 4.38 ``gelu`` in ``hidden_act`` was the exact one. Later versions take
+    ``hidden_activation``, where nothing stands for tanh's approximation, and turn ``gelu`` into that too; so
+    the exact one goes by its other name here.
+    """
+    if "hidden_activation" in config:
+        found = config["hidden_activation"] or "gelu_pytorch_tanh"
+    else:
+        found = config.get("hidden_act", "gelu_pytorch_tanh")
+    return {"hidden_act": "gelu_python" if found == "gelu" else found}
+
+
+def chat_template(language: Mapping[str, Any], templates: Mapping[str, str], llama3: str) -> str:
+    """The template a decoder was trained with here: Llama's are told by their vocabulary."""
+    kind, vocabulary = str(language["model_type"]), int(language.get("vocab_size", 0))
+    if kind == "llama":
+        return {_LLAMA3: llama3, _YI: "chatml"}.get(vocabulary, "vicuna")
+    return templates.get(kind, "vicuna")
+
+
+def visual_scale(language: Mapping[str, Any]) -> dict[str, float]:
+    """What visual tokens bring along for Gemma, which multiplied all it read by the root of its width.
+
+    Transformers 5 does so where tokens are looked up, so that visual tokens no longer pass by.
+    """
+    return {"scale": float(language["hidden_size"]) ** 0.5} if language["model_type"] == "gemma" else {}
 
 
 def projector(config: Mapping[str, Any]) -> tuple[dict[str, Any], Rename]:
@@ -87,20 +150,19 @@ def projector(config: Mapping[str, Any]) -> tuple[dict[str, Any], Rename]:
 
 def flat_config(config: VlmixConfig, name: str, model_type: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """A config as LLaVA's descendants write it: the decoder's keys and their own side by side."""
-    language = {
-        key: value
-        for key, value in config.language.to_dict().items()
-        if key not in {*_NOT_LANGUAGE, "rope_parameters"}
-    }
-    rope = config.language.to_dict().get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        language |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
     settings = config.projector_settings().model_dump()
     if settings["kind"] not in ("linear", "mlp") or settings.get("hidden") is not None:
         raise CheckpointError(f"the projector {settings} has no counterpart in this family")
+    decoder = config.language.to_dict()
+    scale = visual_scale(decoder).get("scale", 1.0)
+    if not math.isclose(settings["scale"], scale, rel_tol=1e-6):
+        raise CheckpointError(
+            f"the projector's scale is {settings['scale']}; this family reads a {decoder['model_type']} "
+            f"with {scale}"
+        )
     kind = "linear" if settings["kind"] == "linear" else f"mlp{settings['depth']}x_gelu"
     return {
-        **language,
+        **_flat_language(decoder),
         "architectures": [name],
         "model_type": model_type,
         "mm_projector_type": kind,
@@ -114,6 +176,23 @@ def flat_config(config: VlmixConfig, name: str, model_type: str, own: Mapping[st
     }
 
 
+def _flat_language(decoder: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in decoder.items() if key not in {*_NOT_LANGUAGE, "rope_parameters"}}
+    rope = decoder.get("rope_parameters") or {}
+    beside = {key: rope[key] for key in _ROPE if key in rope}
+    if beside:
+        scaling = {key: value for key, value in rope.items() if key not in _ROPE}
+        plain = scaling.get("rope_type", "default") == "default"
+        flat |= {**beside, "rope_scaling": None if plain else scaling}
+    if decoder["model_type"] == "gemma":
+        flat |= (
+            {"hidden_act": "gelu"}
+            if decoder["hidden_act"] == "gelu_python"
+            else {"hidden_activation": decoder["hidden_act"]}
+        )
+    return flat
+
+
 def written_class(config: VlmixConfig, pattern: str) -> str:
     """``pattern`` with the decoder's name in it, such as ``LlavaLlamaForCausalLM``.
 
@@ -122,19 +201,24 @@ def written_class(config: VlmixConfig, pattern: str) -> str:
 
     """
     kind = str(config.language.model_type)
-    name = next((language for language in _LANGUAGES if language.lower() == kind), None)
-    if name is None:
-        raise CheckpointError(f"a decoder of type {kind!r} has no class in this family; known: {_LANGUAGES}")
-    return pattern.format(name)
+    names = [name for name, decoder in _LANGUAGES.items() if decoder == kind]
+    if not names:
+        known = ", ".join(dict.fromkeys(_LANGUAGES.values()))
+        raise CheckpointError(f"a decoder of type {kind!r} has no class in this family; known: {known}")
+    return pattern.format(names[-1])
 
 
-def parts_are(config: VlmixConfig, encoders: Sequence[str], fusion: str, family: str) -> list[dict[str, Any]]:
+def parts_are(
+    config: VlmixConfig, encoders: Sequence[str], fusion: str, family: str, views: Sequence[str] = ("whole",)
+) -> list[dict[str, Any]]:
     """The encoders' settings of a model that has just these parts.
 
     Raises:
         CheckpointError: if it has others.
 
     """
+    if (kind := config.view_settings().kind) not in views:
+        raise CheckpointError(f"{family} has views of kind {' or '.join(views)}; this model's are {kind}")
     settings = config.encoder_settings()
     found = ([part.kind for part in settings], config.fusion_settings().kind)
     if found != (list(encoders), fusion):
@@ -144,100 +228,13 @@ def parts_are(config: VlmixConfig, encoders: Sequence[str], fusion: str, family:
     return [part.model_dump(mode="json") for part in settings]
 
 
-def clip_settings(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
-    """A CLIP tower's sizes, from the shapes of its tensors."""
-    patch = shape_of(folder, f"{prefix}embeddings.patch_embedding.weight")
-    positions = shape_of(folder, f"{prefix}embeddings.position_embedding.weight")[0] - 1
-    side = math.isqrt(positions)
-    if side * side != positions:
-        raise CheckpointError(f"{folder.folder}: {positions} positions of CLIP fill no square")
-    return {
-        "kind": "clip",
-        "image_size": side * patch[-1],
-        "patch_size": patch[-1],
-        "width": patch[0],
-        "layers": count(folder, f"{prefix}encoder.layers."),
-        "heads": max(patch[0] // HEAD_WIDTH, 1),
-        "mlp": shape_of(folder, f"{prefix}encoder.layers.0.mlp.fc1.weight")[0],
-    }
+def required(folder: PublishedFolder, key: str) -> Any:
+    """What the config says under ``key``.
 
+    Raises:
+        CheckpointError: if it says nothing.
 
-def convnext_settings(folder: PublishedFolder, stem: str, stages: str) -> dict[str, Any]:
-    """A ConvNeXt's sizes, from the shapes of its tensors below the prefixes of stem and stages."""
-    block = re.compile(re.escape(stages) + r"(\d)\.blocks\.(\d+)\.conv_dw\.weight")
-    found = [(match, name) for name in folder.tensors if (match := block.fullmatch(name))]
-    widths = {int(match[1]): folder.tensors[name].shape[0] for match, name in found}
-    depths = [sum(int(match[1]) == stage for match, _ in found) for stage in range(4)]
-    if sorted(widths) != [0, 1, 2, 3] or shape_of(folder, f"{stem}0.weight")[0] != widths[0]:
-        raise CheckpointError(f"{folder.folder}: its ConvNeXt has not the four stages of one")
-    return {
-        "kind": "convnext",
-        "depths": depths,
-        "widths": [widths[stage] for stage in range(4)],
-        # timm builds the xxlarge, which is 384 wide, with another constant than all smaller ones.
-        "norm_eps": 1e-5 if widths[0] == XXLARGE_WIDTH else 1e-6,
-    }
-
-
-def convnext_names(prefix: str, ours: str, scales: str = "weight") -> tuple[Rename, ...]:
-    """A timm ConvNeXt's names; transformers of the time stored scales as ``weight``, not ``gamma``."""
-    blocks = "stages.{n}.blocks.{m}"
-    return (
-        Rename(f"{prefix}{blocks}.{scales}", f"{ours}{blocks}.gamma"),
-        Rename(f"{prefix}{{rest}}", f"{ours}{{rest}}"),
-    )
-
-
-def scale_name(folder: PublishedFolder, prefix: str) -> str:
-    """What a ConvNeXt's residual scales are called in this folder."""
-    return "weight" if f"{prefix}stages.0.blocks.0.weight" in folder.tensors else "gamma"
-
-
-def clip_unused(prefix: str, layers: int, blocks: int) -> tuple[Unused, ...]:
-    """What a tower read at block ``blocks`` of ``layers`` leaves unread."""
-    behind = [
-        Unused(f"{prefix}encoder.layers.{index}.{{rest}}", "behind the layer that is read")
-        for index in range(blocks, layers)
-    ]
-    return (
-        *behind,
-        Unused(f"{prefix}post_layernorm.{{rest}}", "only the pooled class token passes through it"),
-        Unused(f"{prefix}embeddings.position_ids", "computed from the config"),
-    )
-
-
-def clip_prefix(folder: PublishedFolder) -> str:
-    """What stands before the tensors of a CLIP tower in its own folder, which may hold the text side too."""
-    for prefix in ("vision_model.", ""):
-        if f"{prefix}embeddings.patch_embedding.weight" in folder.tensors:
-            return prefix
-    raise CheckpointError(f"{folder.folder}: holds no CLIP vision tower")
-
-
-def named_tower(folder: PublishedFolder, name: str) -> PublishedFolder | None:
-    """The folder of a tower that the config names by a path, where it lies beside the checkpoint."""
-    for parent in (folder.folder, folder.folder.parent, Path()):
-        if name and (parent / name / "config.json").is_file():
-            return PublishedFolder(parent / name, folder.scratch)
-    return None
-
-
-def shape_of(folder: PublishedFolder, name: str) -> tuple[int, ...]:
-    """The shape of a tensor that must be there."""
-    if name not in folder.tensors:
-        raise CheckpointError(f"{folder.folder}: {name} is missing")
-    return folder.tensors[name].shape
-
-
-def declared_clip(tower: PublishedFolder | None) -> dict[str, Any]:
-    """What shapes do not show, heads and activation, where the tower's own config is at hand."""
-    if tower is None:
-        return {}
-    config = tower.config.get("vision_config", tower.config)
-    return {"heads": int(config["num_attention_heads"]), "activation": str(config["hidden_act"])}
-
-
-def count(folder: PublishedFolder, prefix: str) -> int:
-    """How many different numbers follow ``prefix``."""
-    number = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return len({found.group(1) for name in folder.tensors if (found := number.match(name))})
+    """
+    if key not in folder.config:
+        raise CheckpointError(f"{folder.folder}: config.json has no {key!r}, which this family needs")
+    return folder.config[key]

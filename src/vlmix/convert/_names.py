@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 _FIELD = re.compile(r"\{(\w+)\}")
+# Which part of our tensor theirs fills: nothing for the whole, else indexes along its first axes.
+Box = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of theirs, and the part of ours that it fills."""
+
+    theirs: str
+    box: Box = ()
 
 
 @dataclass(frozen=True)
@@ -19,11 +29,13 @@ class Rename:
 
     def to_ours(self, name: str) -> str | None:
         """Our name, or ``None`` if the rule is about something else."""
-        return _moved(self._theirs, self.ours, name)
+        found = self._theirs.fullmatch(name)
+        return None if found is None else self.ours.format(**found.groupdict())
 
-    def to_theirs(self, name: str) -> str | None:
-        """Their name, or ``None`` if the rule is about something else."""
-        return _moved(self._ours, self.theirs, name)
+    def pieces(self, name: str, shape: Sequence[int]) -> tuple[Piece, ...] | None:
+        """Their one tensor that is ours, or ``None`` if the rule is about something else."""
+        found = self._ours.fullmatch(name)
+        return None if found is None else (Piece(self.theirs.format(**found.groupdict())),)
 
     @cached_property
     def _theirs(self) -> re.Pattern[str]:
@@ -32,6 +44,48 @@ class Rename:
     @cached_property
     def _ours(self) -> re.Pattern[str]:
         return _compiled(self.ours)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Many tensors of theirs make one of ours, as transformers 5 stores a layer's experts.
+
+    ``{e}`` in their names counts along our first axis, which theirs have not; where there are several
+    names, theirs follow one another along our second axis.
+    """
+
+    theirs: tuple[str, ...]
+    ours: str
+
+    def to_ours(self, name: str) -> str | None:
+        """The name of our tensor that theirs is a piece of, or ``None``."""
+        for pattern in self._theirs:
+            if (found := pattern.fullmatch(name)) is not None:
+                return self.ours.format(**found.groupdict())
+        return None
+
+    def pieces(self, name: str, shape: Sequence[int]) -> tuple[Piece, ...] | None:
+        """Every tensor of theirs that ours, of this shape, is made of, or ``None``."""
+        found = self._ours.fullmatch(name)
+        if found is None:
+            return None
+        rows = shape[1] // len(self.theirs)
+        return tuple(
+            Piece(theirs.format(**found.groupdict(), e=e), (e, slice(i * rows, (i + 1) * rows)))
+            for e in range(shape[0])
+            for i, theirs in enumerate(self.theirs)
+        )
+
+    @cached_property
+    def _theirs(self) -> list[re.Pattern[str]]:
+        return [_compiled(theirs) for theirs in self.theirs]
+
+    @cached_property
+    def _ours(self) -> re.Pattern[str]:
+        return _compiled(self.ours)
+
+
+Rule = Rename | Stack
 
 
 @dataclass(frozen=True)
@@ -50,20 +104,28 @@ class Unused:
 class Names:
     """The rules of one checkpoint; the first that fits counts."""
 
-    renames: Sequence[Rename]
+    renames: Sequence[Rule] = field(default=())
     unused: Sequence[Unused] = field(default=())
 
     def ours(self, name: str) -> str | None:
         """Our name of their tensor, or ``None`` if no rule gives one."""
         return next((found for rule in self.renames if (found := rule.to_ours(name)) is not None), None)
 
+    def pieces(self, name: str, shape: Sequence[int]) -> tuple[Piece, ...] | None:
+        """Their tensors that make up ours, or ``None`` if no rule says which."""
+        return next((found for rule in self.renames if (found := rule.pieces(name, shape)) is not None), None)
+
     def theirs(self, name: str) -> str | None:
-        """Their name of our tensor, or ``None`` if no rule gives one."""
-        return next((found for rule in self.renames if (found := rule.to_theirs(name)) is not None), None)
+        """Their name of our tensor where one of theirs is the whole of it, else ``None``."""
+        pieces = self.pieces(name, (0, 0)) or ()
+        return pieces[0].theirs if len(pieces) == 1 else None
 
     def reason(self, name: str) -> str | None:
         """Why their tensor has no place here, or ``None`` if no rule says so."""
         return next((rule.reason for rule in self.unused if rule.explains(name)), None)
+
+    def __add__(self, other: Names) -> Names:
+        return Names((*self.renames, *other.renames), (*self.unused, *other.unused))
 
 
 def _compiled(template: str) -> re.Pattern[str]:
@@ -74,8 +136,3 @@ def _compiled(template: str) -> re.Pattern[str]:
     return re.compile(
         "".join(group(piece) if index % 2 else re.escape(piece) for index, piece in enumerate(pieces))
     )
-
-
-def _moved(pattern: re.Pattern[str], template: str, name: str) -> str | None:
-    found = pattern.fullmatch(name)
-    return None if found is None else template.format(**found.groupdict())

@@ -21,11 +21,15 @@ class ShardWriter:
         self._bytes = self._total = 0
         self._shards: list[list[str]] = []
 
+    def make_room(self, size: int) -> None:
+        """Write what is held if ``size`` more bytes would exceed a shard; call it before reading them."""
+        if self._held and self._bytes + size > SHARD_BYTES:
+            self._flush()
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor."""
         size = tensor.numel() * tensor.element_size()
-        if self._held and self._bytes + size > SHARD_BYTES:
-            self._flush()
+        self.make_room(size)
         self._held[name] = tensor.contiguous()
         self._bytes += size
         self._total += size

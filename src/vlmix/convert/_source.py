@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,32 +13,55 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlmix.convert._names import Box
 from vlmix.convert._pickles import as_safetensors
+from vlmix.convert._progress import Told, quiet
 from vlmix.core.errors import CheckpointError
 
-_PICKLED, _OPEN_CLIP = "pytorch_model.bin", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_PICKLED = "pytorch_model.bin"
+# OpenCLIP's own names, and what the first stage of LLaVA and its descendants leaves.
+_OTHERS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "mm_projector.bin")
+_CONFIGS = ("config.json", "open_clip_config.json")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and what it looks like, from the file's header."""
+    """Where a tensor lies and what it looks like, from the file's header; ``size`` in bytes."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    size: int
 
 
 class PublishedFolder:
     """A folder of weights with its ``config.json``.
 
     ``scratch`` is an empty folder for copies of pickled files, which are read in a child process; ``stem`` is
-    what safetensors files are called.
+    what safetensors files are called; ``towers`` are folders of encoders, by the names in the config.
+    ``whole`` says that the authors' code reads just this folder, so that the way back gives it again, and
+    ``decoder`` is the config of a decoder that lies in a folder of its own.
     """
 
-    def __init__(self, folder: Path, scratch: Path, stem: str = "model") -> None:
+    whole: bool = True
+    decoder: Mapping[str, Any] | None = None
+
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path,
+        stem: str = "model",
+        *,
+        towers: Mapping[str, Path] | None = None,
+        told: Told = quiet,
+    ) -> None:
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder. Give the folder of a published checkpoint")
+            raise CheckpointError(
+                f"{folder}: no such folder. Give the folder of a published checkpoint, as "
+                "`hf download NAME --local-dir FOLDER` leaves it: nothing is downloaded here"
+            )
         self.folder, self.scratch, self.stem = folder, scratch, stem
+        self.towers, self.told, self.asked = dict(towers or {}), told, list[str]()
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -46,10 +69,13 @@ class PublishedFolder:
         path = self.folder / "config.json"
         if not path.is_file():
             return {}
-        found = _json(path)
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path}: must be an object")
-        return found
+        return _object(path)
+
+    @cached_property
+    def generation(self) -> Mapping[str, Any]:
+        """``generation_config.json``, or nothing where there is none."""
+        path = self.folder / "generation_config.json"
+        return _object(path) if path.is_file() else {}
 
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
@@ -60,22 +86,40 @@ class PublishedFolder:
                 two shards hold the same name.
 
         """
+        return self.read(self._files())
+
+    def read(self, files: Sequence[Path]) -> dict[str, Stored]:
+        """Names, shapes and places of all tensors in some of the folder's files."""
         found: dict[str, Stored] = {}
-        for path in self._files():
-            for name, stored in _header(self._readable(path)):
+        for path in files:
+            readable = [path] if path.suffix == ".safetensors" else self._copies(path)
+            for name, stored in (entry for copy in readable for entry in _header(copy)):
                 if name in found:
                     raise CheckpointError(f"{path}: holds {name!r}, and so does {found[name].file.name}")
                 found[name] = stored
         return found
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, read from disk."""
-        stored = self.tensors[name]
-        try:
-            with safe_open(stored.file, framework="pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{stored.file}: cannot read {name!r}: {error}") from None
+    def tensor(self, name: str, box: Box = ()) -> Tensor:
+        """One tensor or a part of it, read from disk."""
+        return read_tensor(self.tensors[name], name, box)
+
+    def tower(self, name: str) -> PublishedFolder | None:
+        """The folder of an encoder that the config calls ``name``: given, or in or beside this one."""
+        self.asked.append(name)
+        given = self.towers.get(name) or self.towers.get(Path(name).name)
+        near = [given] if given else [parent / name for parent in self._near() if name]
+        for path in near:
+            if given or any((path / config).is_file() for config in _CONFIGS):
+                return PublishedFolder(path, self.scratch, told=self.told)
+        return None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where this lies."""
+        return [self.folder]
+
+    def _near(self) -> list[Path]:
+        return list(dict.fromkeys(p for f in self.folders for p in (f, f.parent, Path())))
 
     def _files(self) -> list[Path]:
         plain = f"{self.stem}.safetensors"
@@ -83,7 +127,7 @@ class PublishedFolder:
         for index in indexes:
             if (self.folder / index).is_file():
                 return self._shards(self.folder / index)
-        singles = (plain, _PICKLED, *_OPEN_CLIP)
+        singles = (plain, _PICKLED, *_OTHERS)
         for name in singles:
             if (self.folder / name).is_file():
                 return [self.folder / name]
@@ -105,8 +149,17 @@ class PublishedFolder:
             shards.append(self.folder / name)
         return shards
 
-    def _readable(self, path: Path) -> Path:
-        return path if path.suffix == ".safetensors" else as_safetensors(path, self.scratch)
+    def _copies(self, path: Path) -> list[Path]:
+        return as_safetensors(path, self.scratch, self.told)
+
+
+def read_tensor(stored: Stored, name: str, box: Box = ()) -> Tensor:
+    """The tensor called ``name`` in its file, or a part of it."""
+    try:
+        with safe_open(stored.file, framework="pt") as file:
+            return file.get_slice(name)[box] if box else file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{stored.file}: cannot read {name!r}: {error}") from None
 
 
 def _header(path: Path) -> Iterator[tuple[str, Stored]]:
@@ -121,14 +174,22 @@ def _header(path: Path) -> Iterator[tuple[str, Stored]]:
         raise CheckpointError(f"{path}: is cut short or not a safetensors file: {error}") from None
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     try:
+        spans = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        found = [(n, Stored(path, tuple(e["shape"]), str(e["dtype"]))) for n, e in entries.items()]
+        found = [(n, Stored(path, tuple(e["shape"]), str(e["dtype"]), spans[n])) for n, e in entries.items()]
     except (KeyError, TypeError, IndexError):
         raise CheckpointError(f"{path}: its header is damaged") from None
     size = path.stat().st_size
     if size != 8 + length + end:
         raise CheckpointError(f"{path}: has {size} bytes, its header says {8 + length + end}")
     yield from found
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    found = _json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: must be an object")
+    return found
 
 
 def _json(path: Path) -> Any:

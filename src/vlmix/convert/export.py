@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vlmix.convert._family import FAMILIES, Writing
-from vlmix.convert._names import Names, Rename
+from vlmix.convert._family import Writing
+from vlmix.convert._names import Names, Piece, Rename, Stack
+from vlmix.convert._own import KEPT, own_model
+from vlmix.convert._progress import Told, quiet
 from vlmix.convert._shards import ShardWriter
 from vlmix.convert._source import PublishedFolder
-from vlmix.convert.run import KEPT, READING
+from vlmix.convert.registry import FAMILIES
+from vlmix.convert.run import READING
 from vlmix.core.errors import CheckpointError
-from vlmix.core.files import publish, read_json, verify_manifest, write_json
+from vlmix.core.files import publish, read_json, write_json
 from vlmix.models.configuration import VlmixConfig
-from vlmix.models.loading import model_folder
 
+_GENERATION = "generation_config.json"
 _BESIDE = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    _GENERATION,
 )
 
 
-def export(source: Path, target: Path, family: str) -> int:
+def export(source: Path, target: Path, family: str, told: Told = quiet) -> int:
     """Write the model in ``source`` to ``target`` as ``family`` stores it; returns the number of tensors.
 
     A folder that was converted from this family gives back the very config and tensors it came from, those
@@ -42,48 +46,97 @@ def export(source: Path, target: Path, family: str) -> int:
     """
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another folder")
-    folder = model_folder(source)
-    if (folder / "manifest.json").is_file():
-        verify_manifest(folder)
+    folder = own_model(source)
     with TemporaryDirectory() as scratch:
         ours = PublishedFolder(folder, Path(scratch))
-        writing, elsewhere = _writing(folder, family)
-        taken = [name for name in ours.tensors if elsewhere.theirs(name) is None]
-        lost = [name for name in taken if writing.names.theirs(name) is None]
-        if lost:
-            raise CheckpointError(
-                f"{folder}: {len(lost)} tensors have no place in {family}: {sorted(lost)[:8]}"
-            )
+        way = _way(folder, family)
+        taken = _taken(ours, way, family)
+        aside = _aside(ours, Path(scratch))
+        done, total = 0, sum(size for *_, size in taken)
         with publish(target) as new:
-            writer, count = ShardWriter(new), 0
-            for part, name in [*((ours, name) for name in taken), *_aside(ours, Path(scratch))]:
-                theirs = name if part is not ours else writing.names.theirs(name)
-                writer.add(str(theirs), part.tensor(name))
-                count += 1
+            writer = ShardWriter(new)
+            for name, piece, size in taken:
+                writer.make_room(size)
+                writer.add(piece.theirs, ours.tensor(name, piece.box))
+                done += size
+                told("writing", done, total)
+            for part, name in aside:
+                writer.make_room(part.tensors[name].size)
+                writer.add(name, part.tensor(name))
             writer.close()
-            write_json(new / "config.json", writing.config)
-            for name in _BESIDE:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, new / name)
-    return count
+            _write_beside(new, folder, way)
+    return len(taken) + len(aside)
 
 
-def _writing(folder: Path, family: str) -> tuple[Writing, Names]:
-    """As it was read where it came from this family, else as the family writes a model of its kind.
+@dataclass(frozen=True)
+class _Way:
+    """How a model is written: ``elsewhere`` are names of encoders that stay in folders of their own.
 
-    The second are names of towers that lay in folders of their own and stay there.
+    ``tied`` are tensors that were stored twice, with our name of the other.
     """
+
+    writing: Writing
+    elsewhere: Names = field(default_factory=Names)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    generation: Mapping[str, Any] | None = None
+
+
+def _way(folder: Path, family: str) -> _Way:
+    """As it was read where it came from this family, else as the family writes a model of its kind."""
     cls, path = FAMILIES.get(family), folder / KEPT / READING
-    if path.is_file():
-        kept: Mapping[str, Any] = read_json(path)
-        if kept["family"] == family:
-            names, elsewhere = (_rules(kept[key]) for key in ("renames", "elsewhere"))
-            return Writing(kept["config"], names), elsewhere
-    return cls.write(VlmixConfig.from_pretrained(folder)), Names(())
+    kept: Mapping[str, Any] = read_json(path) if path.is_file() else {"family": ""}
+    if kept["family"] == family and kept["whole"]:
+        names, elsewhere = (_names(kept[key]) for key in ("renames", "elsewhere"))
+        return _Way(Writing(kept["config"], names), elsewhere, kept["tied"], kept["generation_config"])
+    writing = cls.write(VlmixConfig.from_pretrained(folder))
+    if kept["family"] != family:
+        return _Way(writing)
+    # What was read was a part of a model. Now it is whole; its encoders keep the names they had.
+    said = {key: kept["config"].get(key, "") for key, value in writing.config.items() if value == ""}
+    return _Way(Writing({**writing.config, **said}, writing.names), _names(kept["elsewhere"]), kept["tied"])
 
 
-def _rules(pairs: Sequence[tuple[str, str]]) -> Names:
-    return Names([Rename(theirs, ours) for theirs, ours in pairs])
+def _taken(ours: PublishedFolder, way: _Way, family: str) -> list[tuple[str, Piece, int]]:
+    """Every tensor of theirs: of which of ours it is which part, and its bytes."""
+    taken: list[tuple[str, Piece, int]] = []
+    lost: list[str] = []
+    for name, stored in ours.tensors.items():
+        if way.elsewhere.pieces(name, stored.shape) is not None:
+            continue
+        pieces = way.writing.names.pieces(name, stored.shape) or ()
+        lost += [] if pieces else [name]
+        taken += [(name, piece, stored.size // len(pieces)) for piece in pieces]
+    if any(".lora_" in name for name in lost):
+        raise CheckpointError(
+            f"{ours.folder}: the model holds low-rank adapters; merge them first, with --merge-adapters"
+        )
+    if lost:
+        raise CheckpointError(
+            f"{ours.folder}: {len(lost)} tensors have no place in {family}: {sorted(lost)[:8]}"
+        )
+    tied = [(name, Piece(theirs), ours.tensors[name].size) for theirs, name in way.tied.items()]
+    return taken + tied
+
+
+def _write_beside(new: Path, folder: Path, way: _Way) -> None:
+    """Config, tokenizer, and how answers are generated."""
+    write_json(new / "config.json", way.writing.config)
+    for name in _BESIDE:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, new / name)
+    if way.generation is not None:
+        (new / _GENERATION).unlink(missing_ok=True)
+        if way.generation:
+            write_json(new / _GENERATION, way.generation)
+
+
+def _names(pairs: Sequence[tuple[str | list[str], str]]) -> Names:
+    return Names(
+        [
+            Rename(theirs, ours) if isinstance(theirs, str) else Stack(tuple(theirs), ours)
+            for theirs, ours in pairs
+        ]
+    )
 
 
 def _aside(ours: PublishedFolder, scratch: Path) -> list[tuple[PublishedFolder, str]]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
-from vlmix.convert._family import FAMILIES, Family, Reading
+from vlmix.convert._account import Account, account
+from vlmix.convert._compose import Beside, opened
+from vlmix.convert._family import Family, Reading
+from vlmix.convert._names import Names
+from vlmix.convert._own import KEPT, SCHEMA, is_own
+from vlmix.convert._progress import Told, quiet
 from vlmix.convert._shards import ShardWriter
 from vlmix.convert._source import PublishedFolder
+from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import CheckpointError
 from vlmix.core.files import publish, write_json, write_manifest
 from vlmix.models.configuration import VlmixConfig
@@ -22,18 +26,8 @@ from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.processing import VlmixProcessor
 
-KEPT, READING = "published", "reading.json"
-_SCHEMA = "vlmix.model/1"
+READING = "reading.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One tensor on its way: from which folder, under which name, and what it is called here."""
-
-    folder: PublishedFolder
-    theirs: str
-    ours: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +45,16 @@ def convert(
     target: Path,
     tokenizer: Path | None = None,
     change: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    beside: Beside | None = None,
+    told: Told = quiet,
 ) -> Converted:
     """Read the published folder ``source`` and write the vlmix model folder ``target``.
 
     Tensors that have no place here are kept under ``target/published`` for the way back. ``tokenizer`` is a
     folder with one, where ``source`` has none. ``change`` corrects the settings that were read, where shapes
-    do not show them, such as the heads of an unusual tower.
+    do not show them, such as the heads of an unusual tower. ``beside`` names folders that ``source`` refers
+    to. ``told`` is called with what is being done, bytes done and bytes in all. No more of the weights is
+    held in memory than one shard of the result.
 
     Raises:
         CheckpointError: if the family is unknown, or a tensor is missing, left over, of another shape or
@@ -66,21 +64,33 @@ def convert(
     """
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another folder")
-    with TemporaryDirectory() as scratch:
-        folder = PublishedFolder(source, Path(scratch))
+    if is_own(source):
+        raise CheckpointError(
+            f"{source} is a vlmix model already. To write it as its authors' code reads it: vlmix convert "
+            f"{source} DIR --to FAMILY, one of {', '.join(FAMILIES.names())}. To leave out an encoder: "
+            "--drop-encoder N"
+        )
+    # Beside the target: copies of pickles need room, which a folder for temporary files may not have.
+    room = next(parent for parent in target.absolute().parents if parent.is_dir())
+    with TemporaryDirectory(dir=room, prefix=f".{target.name}.", suffix=".unfinished") as scratch:
+        folder = opened(source, Path(scratch), beside or Beside(), told)
         name, family = recognise(folder)
         reading = family.read(folder)
+        _check_towers(folder)
         settings = change(dict(reading.config))
         # Where no token of theirs stands for a picture, one behind the vocabulary does.
         behind = {"image_token_id": int(settings["text_config"].get("vocab_size", 32000))}
         config = VlmixConfig(**{**behind, **settings})
-        moves, kept = _moves(folder, reading, config)
+        found = account(folder, reading, config)
         with publish(target) as new:
-            processor = _processor(new, tokenizer or source, reading, config)
-            _write_model(new, moves, config)
-            _write_kept(new / KEPT, folder, kept, name, reading)
-            write_manifest(new, _SCHEMA)
-    return Converted(name, len(moves), {move.theirs: reason for move, reason in kept}, processor)
+            processor = _processor(new, tokenizer, folder, reading, config)
+            _write_model(new, found, config, told)
+            _generation(folder, config, processor).save_pretrained(new)
+            _write_kept(new / KEPT, folder, found, name, reading)
+            write_manifest(new, SCHEMA)
+    kept = {theirs: reason for _, theirs, reason in found.kept}
+    tied = {twin.theirs: f"equal to {twin.same}" for twin in found.twins}
+    return Converted(name, len(found.moves), {**kept, **tied}, processor is not None)
 
 
 def recognise(folder: PublishedFolder) -> tuple[str, type[Family]]:
@@ -101,97 +111,83 @@ def recognise(folder: PublishedFolder) -> tuple[str, type[Family]]:
     return found[0], FAMILIES.get(found[0])
 
 
-def wanted_shapes(config: VlmixConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's saved tensors, tied ones once; nothing is allocated."""
-    with torch.device("meta"):
-        model = VlmixForConditionalGeneration(config)
-    seen: set[int] = set()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            shapes[name] = tuple(tensor.shape)
-    return shapes
+def _check_towers(folder: PublishedFolder) -> None:
+    """Refuse a tower that the checkpoint does not name."""
+    known = {name for asked in folder.asked for name in (asked, Path(asked).name)}
+    for name in folder.towers.keys() - known:
+        raise CheckpointError(
+            f"--tower {name}: {folder.folder} names no such encoder; it names {', '.join(folder.asked)}"
+        )
 
 
-def _moves(
-    folder: PublishedFolder, reading: Reading, config: VlmixConfig
-) -> tuple[list[Move], list[tuple[Move, str]]]:
-    """Every tensor's way, or an error that lists all that have none."""
-    wanted = wanted_shapes(config)
-    moves: dict[str, Move] = {}
-    kept: list[tuple[Move, str]] = []
-    faults: list[str] = []
-    for part, names in ((folder, reading.names), *reading.towers):
-        for theirs, stored in part.tensors.items():
-            reason, ours = names.reason(theirs), names.ours(theirs)
-            if reason is not None:
-                kept.append((Move(part, theirs, ""), reason))
-            elif ours is None or ours not in wanted:
-                faults.append(f"left over: {theirs}")
-            elif stored.shape != wanted[ours]:
-                faults.append(f"{theirs} is {stored.shape}, here {wanted[ours]}")
-            elif not stored.dtype.startswith(("F", "BF")):
-                faults.append(f"{theirs} is {stored.dtype}, not floating point")
-            else:
-                moves[ours] = Move(part, theirs, ours)
-    faults += [f"missing: {name}" for name in wanted.keys() - moves.keys()]
-    if faults:
-        shown = "\n  ".join(sorted(faults)[:20])
-        raise CheckpointError(f"{folder.folder}: {len(faults)} tensors do not fit:\n  {shown}")
-    return [moves[name] for name in wanted], kept
-
-
-def _write_model(new: Path, moves: Sequence[Move], config: VlmixConfig) -> None:
+def _write_model(new: Path, found: Account, config: VlmixConfig, told: Told) -> None:
     writer = ShardWriter(new)
     types = set[str]()
-    for move, tensor in _read(moves):
+    done, total = 0, sum(move.size for move in found.moves)
+    for move in found.moves:
+        writer.make_room(move.size)
+        tensor = move.read()
         types.add(str(tensor.dtype).removeprefix("torch."))
         writer.add(move.ours, tensor)
+        done += move.size
+        told("writing", done, total)
     writer.close()
     config.dtype = min(types)
     config.architectures = [VlmixForConditionalGeneration.__name__]
     config.save_pretrained(new)
-    eos = config.language.eos_token_id
-    GenerationConfig(bos_token_id=config.language.bos_token_id, eos_token_id=eos).save_pretrained(new)
 
 
-def _read(moves: Sequence[Move]) -> Iterator[tuple[Move, Tensor]]:
-    for move in moves:
-        tensor = move.folder.tensor(move.theirs)
-        if not bool(torch.isfinite(tensor).all()):
-            file = move.folder.tensors[move.theirs].file
-            raise CheckpointError(f"{file}: {move.theirs} holds a number that is not finite")
-        yield move, tensor
+def _generation(
+    folder: PublishedFolder, config: VlmixConfig, processor: VlmixProcessor | None
+) -> GenerationConfig:
+    """Answers end where the authors say, and where the chat template ends them."""
+    theirs = folder.generation.get("eos_token_id", config.language.eos_token_id)
+    stops = [theirs] if isinstance(theirs, int) else list(theirs or ())
+    stops += [] if processor is None else processor.stop_token_ids
+    ends = list(dict.fromkeys(stops))
+    bos = folder.generation.get("bos_token_id", config.language.bos_token_id)
+    pad = None if processor is None else processor.tokenizer.pad_token_id
+    return GenerationConfig(
+        bos_token_id=bos, eos_token_id=ends[0] if len(ends) == 1 else ends or None, pad_token_id=pad
+    )
 
 
-def _write_kept(
-    target: Path, folder: PublishedFolder, kept: Sequence[tuple[Move, str]], family: str, reading: Reading
-) -> None:
+def _write_kept(target: Path, folder: PublishedFolder, found: Account, family: str, reading: Reading) -> None:
     """What the way back needs: their config, and the tensors that have no place here."""
     target.mkdir()
-    reasons = {move.theirs: reason for move, reason in kept if move.folder is folder}
-    found = {
+    kept = [(theirs, reason) for part, theirs, reason in found.kept if part is folder]
+    said = {
         "family": family,
-        "unused": reasons,
+        "whole": folder.whole,
+        "unused": dict(kept),
         "config": dict(folder.config),
-        "renames": [[rule.theirs, rule.ours] for rule in reading.names.renames],
-        "elsewhere": [[rule.theirs, rule.ours] for _, names in reading.towers for rule in names.renames],
+        "generation_config": dict(folder.generation),
+        "renames": _rules(reading.names),
+        "tied": {twin.theirs: twin.ours for twin in found.twins},
+        "elsewhere": [rule for _, names in reading.towers for rule in _rules(names)],
     }
-    write_json(target / READING, found)
+    write_json(target / READING, said)
     writer = ShardWriter(target, stem="unused")
-    for move, _ in kept:
-        if move.folder is folder:
-            writer.add(move.theirs, folder.tensor(move.theirs))
+    for theirs, _ in kept:
+        writer.make_room(folder.tensors[theirs].size)
+        writer.add(theirs, folder.tensor(theirs))
     writer.close()
 
 
-def _processor(new: Path, tokenizer: Path, reading: Reading, config: VlmixConfig) -> bool:
+def _rules(names: Names) -> list[list[Any]]:
+    return [[rule.theirs, rule.ours] for rule in names.renames]
+
+
+def _processor(
+    new: Path, tokenizer: Path | None, folder: PublishedFolder, reading: Reading, config: VlmixConfig
+) -> VlmixProcessor | None:
     """Save the processor where a tokenizer is at hand, and let the config know its image token."""
-    if not any((tokenizer / name).is_file() for name in _TOKENIZERS):
-        return False
-    images = VlmixImageProcessor(config.image_size, reading.fit)
-    words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    places = [tokenizer] if tokenizer is not None else folder.folders
+    found = [place for place in places if any((place / name).is_file() for name in _TOKENIZERS)]
+    if not found:
+        return None
+    images = VlmixImageProcessor.of(config, reading.fit)
+    words = AutoTokenizer.from_pretrained(found[0], local_files_only=True)
     if words.pad_token is None:  # a token of its own would have no row in the embedding table
         words.pad_token = words.unk_token or words.eos_token
     processor = VlmixProcessor(
@@ -202,4 +198,4 @@ def _processor(new: Path, tokenizer: Path, reading: Reading, config: VlmixConfig
     )
     config.image_token_id = processor.image_token_id
     processor.save_pretrained(new)
-    return True
+    return processor

@@ -6,25 +6,36 @@ import math
 import re
 from typing import Any
 
-from vlmix.convert._family import FAMILIES, Family, Reading, Writing
+from vlmix.convert._family import Family, Reading, Writing
 from vlmix.convert._llava_parts import (
-    HEAD_WIDTH,
-    LANGUAGE_NAMES,
-    LANGUAGE_UNUSED,
-    clip_settings,
-    clip_unused,
-    convnext_names,
-    convnext_settings,
-    count,
+    LANGUAGE,
+    TEMPLATES,
+    chat_template,
     flat_config,
     language_config,
     projector,
-    scale_name,
-    shape_of,
+    visual_scale,
     written_class,
 )
 from vlmix.convert._names import Names, Rename, Unused
 from vlmix.convert._source import PublishedFolder
+from vlmix.convert._towers import (
+    HEAD_WIDTH,
+    ConvnextTower,
+    Section,
+    clip_at,
+    clip_names,
+    clip_settings,
+    convnext_at,
+    convnext_names,
+    convnext_settings,
+    count,
+    placed,
+    shape_of,
+    written_clip,
+    written_convnext,
+)
+from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import CheckpointError
 from vlmix.encoders._pixels import CLIP_MEAN, CLIP_STD
 from vlmix.models.configuration import VlmixConfig
@@ -52,36 +63,36 @@ _EVA_NAMES = (
 
 @FAMILIES.register("eagle")
 class Eagle(Family):
-    """Folders written by Eagle's own classes, with every encoder inside."""
+    """Folders written by Eagle's own classes, of either stage."""
 
     @classmethod
     def recognises(cls, folder: PublishedFolder) -> bool:
-        """A list of towers."""
-        return any(_TOWERS.match(name) for name in folder.tensors)
+        """A list of towers, or a first stage's projector whose config lists several."""
+        listed = ";" in str(folder.config.get("mm_vision_tower", ""))
+        return any(_TOWERS.match(name) for name in folder.tensors) or (
+            listed and any(name.startswith("model.mm_projector.") for name in folder.tensors)
+        )
 
     @classmethod
     def read(cls, folder: PublishedFolder) -> Reading:
         """Each tower is told by its tensors; CLIP runs at 336 pixels although Eagle calls it 448."""
-        encoders, rules, unused = [], list[Rename](), list[Unused]()
-        for index in _indexes(folder):
-            settings, prefix = _tower(folder, index)
-            encoders.append(settings)
-            ours = f"model.encoders.{index}.tower."
-            rules += _renames(settings, scale_name(folder, prefix), prefix, ours)
-            unused += _unused(settings, prefix)
+        language = language_config(folder)
+        towers = [_tower(folder, index, name) for index, name in _listed(folder).items()]
         meant = {
-            "text_config": language_config(folder),
-            "encoders": encoders,
+            "text_config": language,
+            "encoders": [settings for settings, _ in towers],
             "fusion": {
                 "kind": "channel_concat",
                 "grid": [_GRID, _GRID],
                 "resampling": "bilinear_corners",
             },
-            "projector": projector(folder.config)[0],
+            "projector": {**projector(folder.config)[0], **visual_scale(language)},
             "image_size": _SIZE,
         }
-        names = Names((*rules, projector(folder.config)[1], *LANGUAGE_NAMES), (*LANGUAGE_UNUSED, *unused))
-        return Reading(meant, names)
+        rest = Names((projector(folder.config)[1],)) + LANGUAGE
+        names, elsewhere = placed(folder, *(section for _, section in towers), (folder, rest))
+        template = chat_template(language, TEMPLATES, llama3="llama3")
+        return Reading(meant, names, elsewhere, chat_template=template)
 
     @classmethod
     def write(cls, config: VlmixConfig) -> Writing:
@@ -93,11 +104,11 @@ class Eagle(Family):
                 f"Eagle joins {', '.join(_CALLED)} with channel_concat; this model has "
                 f"{[part['kind'] for part in encoders]} with {config.fusion_settings().kind}"
             )
-        rules, unused = list[Rename](), list[Unused]()
+        if config.view_settings().kind != "whole":
+            raise CheckpointError("Eagle shows its encoders the whole picture; this model cuts it")
+        names = Names()
         for index, settings in enumerate(encoders):
-            prefix = _prefix(index) + ("vision_model." if settings["kind"] == "clip" else "")
-            rules += _renames(settings, "weight", prefix, f"model.encoders.{index}.tower.")
-            unused += _unused(settings, prefix)
+            names = names + _written(settings["kind"], _prefix(index), f"model.encoders.{index}.tower.")
         own = {
             "mm_vision_tower": ";".join(_CALLED[part["kind"]] for part in encoders),
             "mm_vision_select_layer": -2,
@@ -105,41 +116,57 @@ class Eagle(Family):
             "tokenizer_padding_side": "right",
         }
         flat = flat_config(config, written_class(config, "Eagle{}ForCausalLM"), "eagle_llama", own)
-        names = Names((*rules, projector(flat)[1], *LANGUAGE_NAMES), (*LANGUAGE_UNUSED, *unused))
-        return Writing(flat, names)
+        return Writing(flat, names + Names((projector(flat)[1],)) + LANGUAGE)
 
 
 def _prefix(index: int) -> str:
     return f"model.vision_tower.vision_towers.{index}.vision_tower."
 
 
-def _indexes(folder: PublishedFolder) -> list[int]:
-    return sorted({int(found.group(1)) for name in folder.tensors if (found := _TOWERS.match(name))})
+def _listed(folder: PublishedFolder) -> dict[int, str]:
+    """The towers by number, with the names that the config has for them."""
+    names = dict(enumerate(str(folder.config.get("mm_vision_tower", "")).split(";")))
+    inside = {int(found.group(1)) for name in folder.tensors if (found := _TOWERS.match(name))}
+    return {index: names.get(index, "") for index in sorted(inside or names)}
 
 
-def _tower(folder: PublishedFolder, index: int) -> tuple[dict[str, Any], str]:
-    """One tower's settings, and the prefix of its tensors."""
-    prefix = _prefix(index)
-    if f"{prefix}vision_model.embeddings.class_embedding" in folder.tensors:
-        prefix += "vision_model."
-        clip = clip_settings(folder, prefix)
-        return {
-            **clip,
+def _tower(folder: PublishedFolder, index: int, name: str) -> tuple[dict[str, Any], Section]:
+    """One tower's settings, and its names."""
+    prefix, ours = _prefix(index), f"model.encoders.{index}.tower."
+    outside = not any(key.startswith(prefix) for key in folder.tensors)
+    if f"{prefix}vision_model.embeddings.class_embedding" in folder.tensors or (
+        outside and name.startswith("clip")
+    ):
+        tower, declared = clip_at(folder, f"{prefix}vision_model.", name)
+        clip = clip_settings(tower)
+        clip |= {
             "table_size": clip["image_size"],
             "image_size": _CLIP_SIZE,
             "feature_layer": -1,
             "class_token": "drop_before",
             "resize": "bilinear_corners",
-        }, prefix
-    if f"{prefix}stem.0.weight" in folder.tensors:
-        convnext = convnext_settings(folder, f"{prefix}stem.", f"{prefix}stages.")
-        return {**convnext, "image_size": _SIZE, "stages": [3], "norm_eps": 1e-5}, prefix
+            **declared,
+        }
+        return clip, (tower.folder, clip_names(tower, ours, clip["layers"], clip["layers"]))
+    if f"{prefix}stem.0.weight" in folder.tensors or (outside and name.startswith("convnext")):
+        convnext = convnext_at(ConvnextTower.below(folder, prefix), name)
+        settings = {**convnext_settings(convnext), "image_size": _SIZE, "stages": [3], "norm_eps": 1e-5}
+        return settings, (convnext.folder, convnext_names(convnext, ours))
+    if outside:
+        raise CheckpointError(
+            f"{folder.folder}: its tower {name!r} is not inside. Only clip and convnext are read from "
+            "folders of their own: the others are not stored so, and SAM's neck only with the whole model"
+        )
+    return _other(folder, prefix, index), (folder, _names(folder, prefix, ours))
+
+
+def _other(folder: PublishedFolder, prefix: str, index: int) -> dict[str, Any]:
     if f"{prefix}patch_embed.projection.weight" in folder.tensors:
-        return _sam(folder, prefix), prefix
+        return _sam(folder, prefix)
     if f"{prefix}rope_glb.freqs_cos" in folder.tensors:
-        return _eva02(folder, prefix), prefix
+        return _eva02(folder, prefix)
     if f"{prefix}embeddings.row_embedder.weight" in folder.tensors:
-        return _pix2struct(folder, prefix), prefix
+        return _pix2struct(folder, prefix)
     some = next(name for name in folder.tensors if name.startswith(prefix))
     raise CheckpointError(f"{folder.folder}: tower {index} (with {some}) is of a kind not known here")
 
@@ -214,24 +241,25 @@ def _pix2struct(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
     }
 
 
-def _unused(settings: dict[str, Any], prefix: str) -> tuple[Unused, ...]:
-    if settings["kind"] == "clip":
-        return clip_unused(prefix, settings["layers"], settings["layers"])
-    if settings["kind"] == "eva02":
-        return (
-            Unused(f"{prefix}rope_{{rest}}", "computed from the config"),
-            Unused(f"{prefix}blocks.{{n}}.attn.rope.{{rest}}", "computed from the config"),
-        )
-    return (Unused(f"{prefix}head.{{rest}}", "the classifier, which no feature passes through"),)
+def _names(folder: PublishedFolder, prefix: str, ours: str) -> Names:
+    eva = f"{prefix}rope_glb.freqs_cos" in folder.tensors
+    unused = (
+        Unused(f"{prefix}rope_{{rest}}", "computed from the config"),
+        Unused(f"{prefix}blocks.{{n}}.attn.rope.{{rest}}", "computed from the config"),
+    )
+    return _written("eva02" if eva else "", prefix, ours) + Names(unused=unused if eva else ())
 
 
-def _renames(settings: dict[str, Any], scales: str, prefix: str, ours: str) -> tuple[Rename, ...]:
-    if settings["kind"] == "convnext":
-        return convnext_names(prefix, ours, scales)
+def _written(kind: str, prefix: str, ours: str) -> Names:
+    if kind == "clip":
+        return written_clip(f"{prefix}vision_model.", ours)
+    if kind == "convnext":
+        return written_convnext(f"{prefix}stem.", f"{prefix}stages.", "", ours)
     whole = Rename(f"{prefix}{{rest}}", f"{ours}{{rest}}")
-    if settings["kind"] != "eva02":
-        return (whole,)
+    if kind != "eva02":
+        return Names((whole,))
     inside = [
         Rename(f"{prefix}blocks.{{n}}.{theirs}", f"{ours}blocks.{{n}}.{mine}") for theirs, mine in _EVA_NAMES
     ]
-    return (*inside, Rename(f"{prefix}patch_embed.proj.{{rest}}", f"{ours}patch_embed.{{rest}}"), whole)
+    patches = Rename(f"{prefix}patch_embed.proj.{{rest}}", f"{ours}patch_embed.{{rest}}")
+    return Names((*inside, patches, whole))

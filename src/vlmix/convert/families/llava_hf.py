@@ -1,17 +1,22 @@
-"""LLaVA as transformers stores it: ``LlavaForConditionalGeneration``, in its old and its new tensor names."""
+"""LLaVA as transformers stores it, in its old and its new tensor names.
+
+``LlavaForConditionalGeneration`` and, with pictures in tiles, ``LlavaNextForConditionalGeneration``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vlmix.convert._family import FAMILIES, Family, Reading, Writing
-from vlmix.convert._llava_parts import architecture, clip_settings, clip_unused, parts_are
+from vlmix.convert._family import Family, Reading, Writing
+from vlmix.convert._llava_parts import architecture, parts_are
 from vlmix.convert._names import Names, Rename
 from vlmix.convert._source import PublishedFolder
+from vlmix.convert._towers import Tower, clip_blocks, clip_settings, clip_unused
+from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import CheckpointError
 from vlmix.models.configuration import VlmixConfig
 
-_CLASS = "LlavaForConditionalGeneration"
+_CLASS, _NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"
 _OURS = "model.encoders.0.tower."
 # From 4.52 on the parts lay under `model.` with the head beside them; 5 stores the first layout again, and
 # CLIP without `vision_model.`.
@@ -21,12 +26,13 @@ _TOWERS = ("model.vision_tower.vision_model.", "model.vision_tower.", _FIRST, "v
 
 @FAMILIES.register("llava_hf")
 class LlavaHf(Family):
-    """Folders of transformers' own class, on a CLIP tower."""
+    """Folders of transformers' own classes, on a CLIP tower."""
 
     @classmethod
     def recognises(cls, folder: PublishedFolder) -> bool:
         """The class, and a projector of two named layers."""
-        return architecture(folder) == _CLASS and any(".linear_1.weight" in name for name in folder.tensors)
+        known = architecture(folder) in (_CLASS, _NEXT)
+        return known and any(".linear_1.weight" in name for name in folder.tensors)
 
     @classmethod
     def read(cls, folder: PublishedFolder) -> Reading:
@@ -44,7 +50,8 @@ class LlavaHf(Family):
         if not found:
             raise CheckpointError(f"{folder.folder}: its CLIP tower is missing")
         prefix = found[0]
-        clip = {**clip_settings(folder, prefix), "feature_layer": config.get("vision_feature_layer", -2)}
+        clip = clip_settings(Tower(folder, prefix))
+        clip["feature_layer"] = config.get("vision_feature_layer", -2)
         for ours, theirs in (("heads", "num_attention_heads"), ("activation", "hidden_act")):
             if theirs in vision:
                 clip[ours] = vision[theirs]
@@ -55,6 +62,7 @@ class LlavaHf(Family):
         meant = {
             "text_config": config["text_config"],
             "encoders": [clip],
+            "views": _views(folder, clip),
             "fusion": {"kind": "single"},
             "projector": {"kind": "mlp"},
             "image_size": clip["image_size"],
@@ -65,7 +73,7 @@ class LlavaHf(Family):
     @classmethod
     def write(cls, config: VlmixConfig) -> Writing:
         """The names of the files on the hub, which every version of transformers reads."""
-        (clip,) = parts_are(config, ["clip"], "single", "LLaVA")
+        (clip,) = parts_are(config, ["clip"], "single", "LLaVA", views=("whole", "anyres"))
         settings = config.projector_settings().model_dump()
         if settings["kind"] != "mlp" or settings["depth"] != 2 or clip["class_token"] != "drop_after":
             raise CheckpointError(
@@ -81,23 +89,41 @@ class LlavaHf(Family):
             "patch_size": clip["patch_size"],
             "hidden_act": clip["activation"],
         }
+        views = config.view_settings().model_dump(mode="json")
+        own: dict[str, Any] = {"architectures": [_CLASS], "model_type": "llava"}
+        if views["kind"] == "anyres":
+            own = {"architectures": [_NEXT], "model_type": "llava_next", **_pinpoints(views, clip)}
         flat = {
-            "architectures": [_CLASS],
-            "model_type": "llava",
+            **own,
             "text_config": config.language.to_dict(),
             "vision_config": vision,
             "vision_feature_layer": clip["feature_layer"],
             "vision_feature_select_strategy": "default",
             "projector_hidden_act": "gelu",
             "image_token_index": config.image_token_id,
-            "image_seq_length": config.image_seq_length,
+            "image_seq_length": config.plan().projected.tokens,
         }
         return Writing(flat, _names(clip, _FIRST, new=False))
 
 
+def _views(folder: PublishedFolder, clip: dict[str, Any]) -> dict[str, Any]:
+    """The canvases of LLaVA-NeXT, which transformers gives as (height, width) in pixels."""
+    if architecture(folder) == _CLASS:
+        return {"kind": "whole"}
+    points = folder.config.get("image_grid_pinpoints")
+    side = clip["image_size"]
+    canvases = {} if points is None else {"canvases": [[h // side, w // side] for h, w in points]}
+    return {"kind": "anyres", **canvases}
+
+
+def _pinpoints(views: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
+    if views["merge"] != "spatial_unpad" or views["budget"] is not None:
+        raise CheckpointError("transformers' LLaVA-NeXT leaves padding out and knows no budget of tokens")
+    side = clip["image_size"]
+    return {"image_grid_pinpoints": [[rows * side, columns * side] for rows, columns in views["canvases"]]}
+
+
 def _names(clip: dict[str, Any], prefix: str, *, new: bool) -> Names:
-    layer = int(clip["feature_layer"])
-    blocks = layer if layer >= 0 else clip["layers"] + 1 + layer
     outer = "model." if new else ""
     language = (
         (
@@ -110,9 +136,10 @@ def _names(clip: dict[str, Any], prefix: str, *, new: bool) -> Names:
     return Names(
         (
             Rename(f"{prefix}{{rest}}", f"{_OURS}{{rest}}"),
+            Rename(f"{outer}image_newline", "model.views.newline"),
             Rename(f"{outer}multi_modal_projector.linear_1.{{rest}}", "model.projector.layers.0.{rest}"),
             Rename(f"{outer}multi_modal_projector.linear_2.{{rest}}", "model.projector.layers.2.{rest}"),
             *language,
         ),
-        clip_unused(prefix, clip["layers"], blocks),
+        clip_unused(prefix, clip["layers"], clip_blocks(clip)),
     )

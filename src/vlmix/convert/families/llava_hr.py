@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from vlmix.convert._family import FAMILIES, Family, Reading, Writing
+from vlmix.convert._family import Family, Reading, Writing
 from vlmix.convert._llava_parts import (
-    LANGUAGE_NAMES,
-    LANGUAGE_UNUSED,
-    clip_settings,
-    clip_unused,
-    convnext_names,
-    convnext_settings,
+    LANGUAGE,
+    TEMPLATES,
+    chat_template,
     flat_config,
     language_config,
     parts_are,
     projector,
-    scale_name,
+    required,
+    visual_scale,
     written_class,
 )
-from vlmix.convert._names import Names, Rename, Unused
+from vlmix.convert._names import Names, Rename
 from vlmix.convert._source import PublishedFolder
+from vlmix.convert._towers import (
+    ConvnextTower,
+    clip_at,
+    clip_names,
+    clip_settings,
+    convnext_at,
+    convnext_names,
+    convnext_settings,
+    placed,
+    written_clip,
+    written_convnext,
+)
+from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import CheckpointError
 from vlmix.models.configuration import VlmixConfig
 
 _TOWER = "model.vision_tower."
 _FAST = f"{_TOWER}fast_vision_tower.vision_tower.vision_model."
 _SLOW = f"{_TOWER}slow_vision_tower.vision_tower."
-_OURS_SLOW = "model.encoders.1.tower."
+_OURS = ("model.encoders.0.tower.", "model.encoders.1.tower.")
 _STRIDE, _PATCH, _LEAST = 32, 14, 336
 
 
@@ -44,29 +54,37 @@ class LlavaHr(Family):
     @classmethod
     def read(cls, folder: PublishedFolder) -> Reading:
         """CLIP gets the picture at the size where its patches meet the ConvNeXt's cells, 336 at least."""
-        config, size = folder.config, int(folder.config["input_image_size"])
-        clip = clip_settings(folder, _FAST)
+        config, language = folder.config, language_config(folder)
+        size = int(required(folder, "input_image_size"))
+        fast, declared = clip_at(folder, _FAST, str(config.get("mm_vision_tower", "")))
+        clip = clip_settings(fast)
         clip |= {
             "table_size": clip["image_size"],
             "image_size": max(size * _PATCH // _STRIDE, _LEAST),
             "feature_layer": -1,
             "class_token": "drop_before",
             "resize": "bilinear_corners",
+            **declared,
         }
-        convnext = convnext_settings(folder, f"{_SLOW}stem.", f"{_SLOW}stages.")
-        convnext |= {"image_size": size, "stages": [3]}
+        slow = convnext_at(ConvnextTower.below(folder, _SLOW), str(config.get("vision_tower_slow", "")))
+        convnext = {**convnext_settings(slow), "image_size": size, "stages": [3]}
         adapted = any(name.startswith(f"{_TOWER}align_stages_latent.") for name in folder.tensors)
         fusion: dict[str, Any] = {"kind": "mixture_of_resolution", **({} if adapted else {"after": []})}
         meant = {
-            "text_config": language_config(folder),
+            "text_config": language,
             "encoders": [clip, convnext],
             "fusion": fusion,
-            "projector": projector(config)[0],
+            "projector": {**projector(config)[0], **visual_scale(language)},
             "image_size": size,
         }
-        return Reading(
-            meant, _names(clip, config, convnext_names(_SLOW, _OURS_SLOW, scale_name(folder, _SLOW)))
+        names, towers = placed(
+            folder,
+            (fast.folder, clip_names(fast, _OURS[0], clip["layers"], clip["layers"])),
+            (slow.folder, convnext_names(slow, _OURS[1])),
+            (folder, _rest(config)),
         )
+        template = chat_template(language, TEMPLATES, llama3="llama3")
+        return Reading(meant, names, towers, chat_template=template)
 
     @classmethod
     def write(cls, config: VlmixConfig) -> Writing:
@@ -91,22 +109,18 @@ class LlavaHr(Family):
             "vision_tower_slow": convnext["weights"] or "",
         }
         flat = flat_config(config, written_class(config, "Llava{}ForCausalLM"), "llava", own)
-        return Writing(flat, _names(clip, flat, convnext_names(_SLOW, _OURS_SLOW)))
+        slow = written_convnext(f"{_SLOW}stem.", f"{_SLOW}stages.", "", _OURS[1])
+        return Writing(flat, written_clip(_FAST, _OURS[0]) + slow + _rest(flat))
 
 
-def _names(clip: dict[str, Any], config: Any, slow: Sequence[Rename]) -> Names:
-    return Names(
-        (
-            Rename(f"{_FAST}{{rest}}", "model.encoders.0.tower.{rest}"),
-            *slow,
-            Rename(f"{_TOWER}align_stages_latent.{{n}}.{{rest}}", "model.fusion.adapters.{n}.{rest}"),
-            Rename(f"{_TOWER}align_stages.0.{{rest}}", "model.fusion.{rest}"),
-            projector(config)[1],
-            *LANGUAGE_NAMES,
-        ),
-        (
-            *LANGUAGE_UNUSED,
-            *clip_unused(_FAST, clip["layers"], clip["layers"]),
-            Unused(f"{_SLOW}head.{{rest}}", "the classifier, which no feature passes through"),
-        ),
+def _rest(config: Any) -> Names:
+    return (
+        Names(
+            (
+                Rename(f"{_TOWER}align_stages_latent.{{n}}.{{rest}}", "model.fusion.adapters.{n}.{rest}"),
+                Rename(f"{_TOWER}align_stages.0.{{rest}}", "model.fusion.{rest}"),
+                projector(config)[1],
+            )
+        )
+        + LANGUAGE
     )

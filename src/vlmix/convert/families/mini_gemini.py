@@ -4,34 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmix.convert._family import FAMILIES, Family, Reading, Writing
+from vlmix.convert._family import Family, Reading, Writing
 from vlmix.convert._llava_parts import (
-    CLIP,
-    LANGUAGE_NAMES,
-    LANGUAGE_UNUSED,
-    clip_settings,
-    clip_unused,
-    convnext_settings,
-    declared_clip,
+    LANGUAGE,
+    TEMPLATES,
+    chat_template,
     flat_config,
     language_config,
-    named_tower,
     parts_are,
     projector,
+    required,
+    visual_scale,
     written_class,
 )
 from vlmix.convert._names import Names, Rename
 from vlmix.convert._source import PublishedFolder
+from vlmix.convert._towers import (
+    CLIP,
+    ConvnextTower,
+    clip_at,
+    clip_blocks,
+    clip_names,
+    clip_settings,
+    convnext_at,
+    convnext_names,
+    convnext_settings,
+    placed,
+    written_clip,
+    written_convnext,
+)
+from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import CheckpointError
 from vlmix.models.configuration import VlmixConfig
 
 _AUX = "model.vision_tower_aux."
-_TEMPLATES = {"gemma": "gemma", "mixtral": "mistral_mgm", "mistral": "mistral_mgm", "llama": "vicuna"}
+_STEM, _STAGES = f"{_AUX}vision_stem.", f"{_AUX}vision_stages."
+_OURS = ("model.encoders.0.tower.", "model.encoders.1.tower.")
+_TEMPLATES = {**TEMPLATES, "mistral": "mistral_mgm", "mixtral": "mistral_mgm"}
 
 
 @FAMILIES.register("mini_gemini")
 class MiniGemini(Family):
-    """Folders written by either generation of the authors' classes, with both encoders inside."""
+    """Folders written by either generation of the authors' classes, of either stage."""
 
     @classmethod
     def recognises(cls, folder: PublishedFolder) -> bool:
@@ -41,38 +55,48 @@ class MiniGemini(Family):
     @classmethod
     def read(cls, folder: PublishedFolder) -> Reading:
         """Sizes from shapes; the low-resolution picture is made from the high one without antialiasing."""
-        config = folder.config
-        if int(config.get("image_grid", 1)) != 1 or config.get("image_global"):
-            raise CheckpointError(
-                f"{folder.folder}: HD tiling (image_grid {config['image_grid']}) has no counterpart yet"
-            )
-        if not any(name.startswith(CLIP) for name in folder.tensors):
-            raise CheckpointError(f"{folder.folder}: holds no CLIP tower; stage-1 files are not read yet")
+        config, language = folder.config, language_config(folder)
+        tower, declared = clip_at(folder, CLIP, str(config.get("mm_vision_tower", "")))
         clip = {
-            **clip_settings(folder, CLIP),
+            **clip_settings(tower),
             "feature_layer": config.get("mm_vision_select_layer", -2),
             "resize": "bilinear",
-            **declared_clip(named_tower(folder, str(config.get("mm_vision_tower", "")))),
+            **declared,
         }
-        convnext = convnext_settings(folder, f"{_AUX}vision_stem.", f"{_AUX}vision_stages.")
-        convnext |= {"image_size": config["image_size_aux"], "stages": [0, 1, 2, 3], "drop_path": 0.1}
-        language = language_config(folder)
+        aux = convnext_at(ConvnextTower(folder, _STEM, _STAGES), str(config.get("mm_vision_tower_aux", "")))
+        size = int(required(folder, "image_size_aux"))
+        convnext = {
+            **convnext_settings(aux),
+            "image_size": size,
+            "stages": [0, 1, 2, 3],
+            "drop_path": 0.1,
+        }
+        views = _views(folder, clip)
+        if views["kind"] == "hd":  # the high-resolution picture is never cut
+            convnext["sees"] = "picture"
         meant = {
             "text_config": language,
             "encoders": [clip, convnext],
+            "views": views,
             "fusion": {"kind": "patch_mining"},
-            "projector": projector(config)[0],
-            "image_size": config["image_size_aux"],
+            "projector": {**projector(config)[0], **visual_scale(language)},
+            "image_size": size,
         }
-        template = (
-            "llama3_mgm" if int(language["vocab_size"]) == 128256 else _TEMPLATES[language["model_type"]]
+        names, towers = placed(
+            folder,
+            (tower.folder, clip_names(tower, _OURS[0], clip["layers"], clip_blocks(clip))),
+            (aux.folder, convnext_names(aux, _OURS[1])),
+            (folder, _rest(config)),
         )
-        return Reading(meant, _names(clip, config), chat_template=template)
+        template = chat_template(language, _TEMPLATES, llama3="llama3_mgm")
+        return Reading(meant, names, towers, chat_template=template)
 
     @classmethod
     def write(cls, config: VlmixConfig) -> Writing:
         """CLIP, all four stages of a ConvNeXt, patch mining with one head."""
-        clip, convnext = parts_are(config, ["clip", "convnext"], "patch_mining", "Mini-Gemini")
+        clip, convnext = parts_are(
+            config, ["clip", "convnext"], "patch_mining", "Mini-Gemini", views=("whole", "hd")
+        )
         if config.fusion_settings().model_dump()["heads"] != 1 or convnext["stages"] != [0, 1, 2, 3]:
             raise CheckpointError("Mini-Gemini mines all four stages with one head; this model does not")
         own = {
@@ -81,8 +105,7 @@ class MiniGemini(Family):
             "mm_vision_tower_aux": convnext["weights"] or "",
             "mm_hidden_size_aux": sum(convnext["widths"]),
             "image_size_aux": convnext["image_size"],
-            "image_grid": 1,
-            "image_global": False,
+            **_tiles(config, clip, convnext),
             "optimize_vision_tower": False,
             "optimize_vision_tower_aux": False,
         }
@@ -93,22 +116,44 @@ class MiniGemini(Family):
             "mgm" if kind == "llama" else f"mgm_{kind}",
             own,
         )
-        return Writing(flat, _names(clip, flat))
+        stages = written_convnext(_STEM, _STAGES, "", _OURS[1], scales="gamma")
+        return Writing(flat, written_clip(CLIP, _OURS[0]) + stages + _rest(flat))
 
 
-def _names(clip: dict[str, Any], config: Any) -> Names:
-    layer = int(clip["feature_layer"])
-    blocks = layer if layer >= 0 else clip["layers"] + 1 + layer
-    return Names(
-        (
-            Rename(f"{CLIP}{{rest}}", "model.encoders.0.tower.{rest}"),
-            Rename(f"{_AUX}vision_stem.{{rest}}", "model.encoders.1.tower.stem.{rest}"),
-            Rename(f"{_AUX}vision_stages.{{rest}}", "model.encoders.1.tower.stages.{rest}"),
-            Rename("model.vlm_uni_query_projector.{rest}", "model.fusion.query.{rest}"),
-            Rename("model.vlm_uni_aux_projector.{rest}", "model.fusion.key.{rest}"),
-            Rename("model.vlm_uni_val_projector.{rest}", "model.fusion.value.{rest}"),
-            projector(config)[1],
-            *LANGUAGE_NAMES,
-        ),
-        (*LANGUAGE_UNUSED, *clip_unused(CLIP, clip["layers"], blocks)),
+def _views(folder: PublishedFolder, clip: dict[str, Any]) -> dict[str, Any]:
+    """The tiles of the HD models: as large as CLIP's own pictures."""
+    grid, overview = int(folder.config.get("image_grid", 1)), bool(folder.config.get("image_global"))
+    if grid == 1 and overview:
+        raise CheckpointError(f"{folder.folder}: image_global with image_grid 1 has no meaning")
+    if grid == 1:
+        return {"kind": "whole"}
+    return {"kind": "hd", "grid": grid, "tile_size": clip["image_size"], "overview": overview}
+
+
+def _tiles(config: VlmixConfig, clip: dict[str, Any], convnext: dict[str, Any]) -> dict[str, Any]:
+    views = config.view_settings().model_dump(mode="json")
+    scopes = (clip["sees"], convnext["sees"])
+    if views["kind"] == "whole":
+        return {"image_grid": 1, "image_global": False}
+    if scopes != ("views", "picture") or views["tile_size"] != clip["image_size"] or views["antialias"]:
+        raise CheckpointError(
+            "Mini-Gemini HD shows CLIP tiles of its own size, made without antialiasing, and ConvNeXt the "
+            "whole picture; this model does not"
+        )
+    return {"image_grid": views["grid"], "image_global": views["overview"]}
+
+
+def _rest(config: Any) -> Names:
+    mining = {"query": "query", "aux": "key", "val": "value"}
+    return (
+        Names(
+            (
+                *(
+                    Rename(f"model.vlm_uni_{theirs}_projector.{{rest}}", f"model.fusion.{ours}.{{rest}}")
+                    for theirs, ours in mining.items()
+                ),
+                projector(config)[1],
+            )
+        )
+        + LANGUAGE
     )
