@@ -15,7 +15,8 @@ from vlmix.core.tensors import FeatureMap
 from vlmix.fusion._aggregation import JointLayer, SeparateLayer
 from vlmix.fusion._sampling import DeformableAttention, sample_points
 
-FOLDER = GOLDENS / "modules-sva-deform"
+NAME = "modules-sva-deform"
+FOLDER = GOLDENS / NAME
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.golden,
@@ -54,21 +55,17 @@ def weights(prefix):
     return {key.removeprefix(prefix): t for key, t in tensors("model").items() if key.startswith(prefix)}
 
 
-def assert_agree(found, golden):
-    torch.testing.assert_close(found, golden, atol=5e-5, rtol=0)
-
-
 def by_level(flat, shapes):
     """(B, all cells, …) -> one (B, H, W, …) for each level."""
     parts = flat.split([int(rows * columns) for rows, columns in shapes], dim=1)
     return [part.unflatten(1, tuple(shape.tolist())) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def test_sampling_is_deformable_detrs():
+def test_sampling_is_deformable_detrs(agree):
     inputs, shapes = tensors("inputs"), tensors("inputs")["msda.shapes"]
     values = [level.permute(0, 3, 4, 1, 2) for level in by_level(inputs["msda.value"], shapes)]
     found = sample_points(values, inputs["msda.locations"], inputs["msda.weights"])
-    assert_agree(found, tensors("outputs")["msdeform.core"])
+    agree(NAME, "msdeform.core", found, tensors("outputs")["msdeform.core"])
 
 
 class Padded(nn.Module):
@@ -82,14 +79,15 @@ class Padded(nn.Module):
         return self.linear(x).masked_fill(self.padding[..., None], 0.0)
 
 
-def test_the_whole_attention_is_deformable_detrs_and_starts_as_it_does():
+def test_the_whole_attention_is_deformable_detrs_and_starts_as_it_does(agree):
     inputs, shapes, stored = tensors("inputs"), tensors("inputs")["msda.shapes"], weights("msdeform.")
     part = DeformableAttention(32, [32, 32], heads=4, points=3)
     assert part.offsets.weight.shape == stored["sampling_offsets.weight"].shape
     part.reset()
     rays = part.offsets.bias.detach().view(4, 2, 3, 2)
     ways = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
-    assert_agree(rays, ways[:, None, None] * torch.tensor([1.0, 2.0, 3.0])[:, None].expand(4, 2, 3, 1))
+    expected = ways[:, None, None] * torch.tensor([1.0, 2.0, 3.0])[:, None].expand(4, 2, 3, 1)
+    torch.testing.assert_close(rays, expected)
     names = {"offsets": "sampling_offsets", "scores": "attention_weights", "out": "output_proj"}
     for ours, theirs in names.items():
         getattr(part, ours).load_state_dict(
@@ -118,12 +116,13 @@ def test_the_whole_attention_is_deformable_detrs_and_starts_as_it_does():
             alone = [FeatureMap(m.tokens[row : row + 1], m.grid) for m in maps]
             asked = inputs["msda.query"][row : row + 1, query : query + 1]
             found.append(part(asked, reference[row, query, :1], alone))
-        assert_agree(torch.cat(found, dim=1)[0], tensors("outputs")["msdeform.module.points"][row])
+        expected = tensors("outputs")["msdeform.module.points"][row]
+        agree(NAME, f"msdeform.module.points.{row}", torch.cat(found, dim=1)[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["joint", "sep"])
 @torch.no_grad()
-def test_the_aggregator_is_cambrians(kind):
+def test_the_aggregator_is_cambrians(kind, agree):
     """Its layer, with keys hidden as padding; theirs takes every window as a row of a batch."""
     inputs, expected = tensors("inputs"), tensors("outputs")[f"vision_token_sampler.{kind}.out"]
     windows = [inputs[f"sva.kv{i}"][:, None] for i in range(3)]
@@ -134,4 +133,4 @@ def test_the_aggregator_is_cambrians(kind):
         layer = {"joint": JointLayer, "sep": SeparateLayer}[kind](32, 32, 48, [24, 32, 32], [1, 4, 16], 16)
         layer.load_state_dict({AGGREGATOR_NAMES.ours(key): tensor for key, tensor in stored.items()})
         x = layer(x, context, windows, masks)
-    assert_agree(x, expected)
+    agree(NAME, f"vision_token_sampler.{kind}.out", x, expected)

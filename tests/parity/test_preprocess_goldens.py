@@ -50,39 +50,42 @@ def normalised(pixels):
     [("llava", kind, side) for kind in ("pad", "square") for side in (42, 56)]
     + [(system, kind, 64) for system in ("eagle", "hr") for kind in ("pad", "square")],
 )
-def test_squares(system, kind, side):
+def test_squares(system, kind, side, agree):
     found = opened(VlmixImageProcessor(side, FIT[kind]), *NAMES)
-    assert torch.equal(normalised(found), golden(system)[f"{kind}.{side}"])
+    agree("preprocess", f"{system}.{kind}.{side}", normalised(found), golden(system)[f"{kind}.{side}"], 0.0)
 
 
 @pytest.mark.parametrize("side", [42, 56])
-def test_anyres_tiles(side):
+def test_anyres_tiles(side, agree):
     processor = VlmixImageProcessor(side, views={"kind": "anyres"})
     for number, name in enumerate(NAMES):
         found = opened(processor, name)
-        assert torch.equal(normalised(found), golden("llava")[f"anyres.{side}.{number}"])
+        expected = golden("llava")[f"anyres.{side}.{number}"]
+        agree("preprocess", f"llava.anyres.{side}.{number}", normalised(found), expected, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["normal", "square"])
 @pytest.mark.parametrize("number", range(3))
-def test_mini_gemini_makes_the_small_picture_from_the_large_one(kind, number):
+def test_mini_gemini_makes_the_small_picture_from_the_large_one(kind, number, agree):
     theirs = golden("mgm")
     large = opened(VlmixImageProcessor(64, FIT[kind]), NAMES[number])
-    assert torch.equal(normalised(large)[0], theirs[f"train.{kind}.{number}.image_aux"])
+    key = f"train.{kind}.{number}.image_aux"
+    agree("preprocess", f"mgm.{key}", normalised(large)[0], theirs[key], 0.0)
     clip = ClipSettings(image_size=56, patch_size=14, resize="bilinear")
     small = encoder_input(large, clip, torch.float32)[0]
     keys = {"normal": ("train", "infer"), "square": ("train",)}[kind]
     for key in keys:
         expected = theirs[f"{key}.{kind}.{number}.image"].view_as(small)
-        torch.testing.assert_close(small, expected, atol=ROUNDING, rtol=0)
+        agree("preprocess", f"mgm.{key}.{kind}.{number}", small, expected, ROUNDING)
 
 
 @pytest.mark.parametrize("overview", [True, False])
 @pytest.mark.parametrize("number", range(3))
-def test_mini_gemini_hd_tiles(overview, number):
+def test_mini_gemini_hd_tiles(overview, number, agree):
     theirs = golden("mgm")
     large = opened(VlmixImageProcessor(128), NAMES[number])
-    assert torch.equal(normalised(large)[0], theirs[f"train.hd.{number}.image_aux"])
+    key = f"train.hd.{number}.image_aux"
+    agree("preprocess", f"mgm.{key}", normalised(large)[0], theirs[key], 0.0)
     settings = HdSettings(tile_size=56, overview=overview)
     views = Hd(settings, VisionSpec((4, 4), 8)).spread(large)
     clip = ClipSettings(image_size=56, patch_size=14)
@@ -92,7 +95,7 @@ def test_mini_gemini_hd_tiles(overview, number):
         expected = theirs[f"{key}.{number}.image"].view_as(found)
         if overview:  # they put the overview last
             expected = expected.roll(1, dims=0)
-        torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
+        agree("preprocess", f"mgm.{key}.{number}", found, expected, ROUNDING)
 
 
 def test_text_alone_has_no_picture_where_theirs_had_an_empty_one():

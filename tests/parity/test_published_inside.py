@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import WORST
 from tests.parity.published import GOLDENS, batch, converted, loaded, pictures, tensors
 from vlmix.convert._source import PublishedFolder
 from vlmix.convert.run import recognise
@@ -19,25 +18,11 @@ from vlmix.fusion.mixture_of_resolution import (
     ResolutionAdapter,
 )
 
-TOLERANCE = 5e-5  # as in test_published
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.golden,
     pytest.mark.skipif(not GOLDENS.is_dir(), reason="the shared golden folders are absent"),
 ]
-
-
-@pytest.fixture
-def agree(request):
-    worst = request.config.stash.setdefault(WORST, {})
-
-    def compare(name, what, found, golden):
-        assert found.shape == golden.shape
-        difference = (found - golden).abs().max().item()
-        worst.setdefault(name, {})[what] = difference
-        assert difference <= TOLERANCE, f"{name} {what}: {difference:.2e}"
-
-    return compare
 
 
 @pytest.fixture(scope="module")

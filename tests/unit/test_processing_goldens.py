@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -105,7 +106,9 @@ def ours(
 @pytest.mark.parametrize(
     ("system", "case"), [case for name in ("llava", "mgm", "moe") for case in shipped(name, "cases")]
 )
-def test_prompt_ids_and_mask(system: str, case: dict[str, Any], tokenizers: dict[str, Any]) -> None:
+def test_prompt_ids_and_mask(
+    system: str, case: dict[str, Any], tokenizers: dict[str, Any], agree: Any
+) -> None:
     key = (system, case["version"], case["tokenizer"])
     turns = their_turns(system, case["version"], case["after_preprocess_multimodal"])
     tokenizer = tokenizers[case["tokenizer"]]
@@ -119,6 +122,7 @@ def test_prompt_ids_and_mask(system: str, case: dict[str, Any], tokenizers: dict
         mark = tokenizer.convert_tokens_to_ids("▁")
         ids, labels = [*ids[:at], mark, *ids[at:]], [*labels[:at], IGNORED, *labels[at:]]
     assert ids == case["input_ids"]
+    agree("prompts", ".".join(key), torch.tensor(ids), torch.tensor(case["input_ids"]), 0)
     if case["all_masked"]:
         assert key in ALL_MASKED
         spoken = "".join(part for turn in turns if turn.role == "assistant" for part in turn.parts)
