@@ -22,7 +22,8 @@ from tests.parity.published import (
 )
 from vlmix.convert._source import PublishedFolder
 from vlmix.convert.export import export
-from vlmix.convert.run import recognise
+from vlmix.convert.run import convert, recognise
+from vlmix.train.recipe_file import with_overrides
 
 GRADIENT = 2e-4  # relative; the authors' noise floor is 7e-5
 NOISE = 1e-6
@@ -152,3 +153,28 @@ def test_the_way_back_gives_the_same_tensors_and_config(name, folders, tmp_path)
     )
     configs = [PublishedFolder(folder, tmp_path).config for folder in (GOLDENS / name, tmp_path / "back")]
     assert configs[0] == configs[1]
+
+
+@each
+@torch.no_grad()
+def test_a_model_that_forgot_where_it_came_from_is_written_and_read_the_same(name, folders, tmp_path):
+    """As after training: only what is in the model is written, such as CLIP up to the block that is read."""
+    model = loaded(folders[name][0])
+    model.save_pretrained(tmp_path / "trained")
+    export(tmp_path / "trained", tmp_path / "written", FAMILY[name])
+    again = convert(
+        tmp_path / "written",
+        tmp_path / "again",
+        change=lambda raw: with_overrides(raw, [*CHANGES[name], *HEADS.get(name, [])]),
+    )
+    assert again.family == FAMILY[name]
+    pixels = pictures(name)
+    expected = model.get_image_features(pixels).pooler_output
+    assert torch.equal(loaded(tmp_path / "again").get_image_features(pixels).pooler_output, expected)
+
+
+# What nothing says any more: no folder of CLIP lies beside, and rotations are not stored.
+HEADS = {
+    **{name: ["encoders.0.heads=4"] for name in ("llava-1.5", "mgm-llama", "mgm-llama-hd")},
+    "eagle-x5": [f"encoders.3.{size}" for size in ("image_size=256", "heads=4", "window=4", "rope_grid=4")],
+}

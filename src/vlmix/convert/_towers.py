@@ -166,7 +166,10 @@ def clip_unused(prefix: str, layers: int, blocks: int) -> tuple[Unused, ...]:
 
 
 def clip_blocks(clip: dict[str, Any]) -> int:
-    """How many blocks run before the layer that is read."""
+    """How many blocks run before the layer that is read.
+
+    As a layer's number it means the same in a folder that lacks the blocks behind it.
+    """
     layer = int(clip["feature_layer"])
     return layer if layer >= 0 else int(clip["layers"]) + 1 + layer
 

@@ -42,6 +42,7 @@ from vlmix.models.configuration import VlmixConfig
 
 _TOWERS = re.compile(r"model\.vision_tower\.vision_towers\.(\d+)\.vision_tower\.")
 _SIZE, _GRID, _CLIP_SIZE, _PATCHES = 1024, 32, 336, 2048
+_EVA_WINDOW, _EVA_SIGN = 16, "blocks.0.attn.q_bias"
 # Every tower is given the one tensor that CLIP's statistics normalised.
 _CLIP_LOOK = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize": "bilinear_corners"}
 _CALLED = {
@@ -163,7 +164,7 @@ def _tower(folder: PublishedFolder, index: int, name: str) -> tuple[dict[str, An
 def _other(folder: PublishedFolder, prefix: str, index: int) -> dict[str, Any]:
     if f"{prefix}patch_embed.projection.weight" in folder.tensors:
         return _sam(folder, prefix)
-    if f"{prefix}rope_glb.freqs_cos" in folder.tensors:
+    if f"{prefix}{_EVA_SIGN}" in folder.tensors:
         return _eva02(folder, prefix)
     if f"{prefix}embeddings.row_embedder.weight" in folder.tensors:
         return _pix2struct(folder, prefix)
@@ -199,10 +200,15 @@ def _sam(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
 
 
 def _eva02(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
-    """The rotations' buffers tell windows, grid and a head's width; every third block is global."""
+    """The rotations' buffers tell windows, grid and a head's width; every third block is global.
+
+    A folder written here has none of these buffers, which are computed: then sizes are the published ones.
+    """
     width, _, _, patch = shape_of(folder, f"{prefix}patch_embed.proj.weight")
-    cells, head = shape_of(folder, f"{prefix}rope_glb.freqs_cos")
-    window = math.isqrt(shape_of(folder, f"{prefix}rope_win.freqs_cos")[0])
+    cells, head, window = (_SIZE // patch) ** 2, min(HEAD_WIDTH, width), _EVA_WINDOW
+    if f"{prefix}rope_glb.freqs_cos" in folder.tensors:
+        cells, head = shape_of(folder, f"{prefix}rope_glb.freqs_cos")
+        window = math.isqrt(shape_of(folder, f"{prefix}rope_win.freqs_cos")[0])
     layers = count(folder, f"{prefix}blocks.")
     table = math.isqrt(shape_of(folder, f"{prefix}pos_embed")[1] - 1)
     return {
@@ -242,7 +248,7 @@ def _pix2struct(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
 
 
 def _names(folder: PublishedFolder, prefix: str, ours: str) -> Names:
-    eva = f"{prefix}rope_glb.freqs_cos" in folder.tensors
+    eva = f"{prefix}{_EVA_SIGN}" in folder.tensors
     unused = (
         Unused(f"{prefix}rope_{{rest}}", "computed from the config"),
         Unused(f"{prefix}blocks.{{n}}.attn.rope.{{rest}}", "computed from the config"),

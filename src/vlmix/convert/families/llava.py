@@ -94,7 +94,7 @@ class Llava(Family):
                 "LLaVA keeps the class token through CLIP's blocks; this model drops it before"
             )
         own = {
-            "mm_vision_select_layer": clip["feature_layer"],
+            "mm_vision_select_layer": clip_blocks(clip),
             "mm_vision_tower": clip["weights"] or "",
             **_tiles(config, clip),
         }

@@ -97,7 +97,7 @@ class LlavaHf(Family):
             **own,
             "text_config": config.language.to_dict(),
             "vision_config": vision,
-            "vision_feature_layer": clip["feature_layer"],
+            "vision_feature_layer": clip_blocks(clip),
             "vision_feature_select_strategy": "default",
             "projector_hidden_act": "gelu",
             "image_token_index": config.image_token_id,

@@ -100,7 +100,7 @@ class MiniGemini(Family):
         if config.fusion_settings().model_dump()["heads"] != 1 or convnext["stages"] != [0, 1, 2, 3]:
             raise CheckpointError("Mini-Gemini mines all four stages with one head; this model does not")
         own = {
-            "mm_vision_select_layer": clip["feature_layer"],
+            "mm_vision_select_layer": clip_blocks(clip),
             "mm_vision_tower": clip["weights"] or "",
             "mm_vision_tower_aux": convnext["weights"] or "",
             "mm_hidden_size_aux": sum(convnext["widths"]),
