@@ -48,3 +48,10 @@ def config(model_type="llama", fusion=None, **changes):
 
 def model(model_type="llama", fusion=None):
     return VlmixForConditionalGeneration(config(model_type, fusion)).eval()
+
+
+def switch_checkpointing_on(module):
+    """By the name transformers has for it: another one since 5.23."""
+    new = "activation_checkpointing_enable"
+    switch = getattr(module, new if hasattr(module, new) else "gradient_checkpointing_enable")
+    switch({"use_reentrant": False})

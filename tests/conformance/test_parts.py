@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tests.tiny import switch_checkpointing_on
 from vlmix.core.errors import ImageError, PlanError, RecipeError
 from vlmix.core.interfaces import Part
 from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS, read_part
@@ -214,6 +215,17 @@ def test_any_picture_size_is_taken_and_anything_else_refused(name):
 
 
 @each_encoder
+def test_levels_are_as_promised_and_their_stack_is_the_map(name):
+    part, promised = encoder(name), ENCODERS.get(name).promise(tiny(ENCODERS, name))
+    found, whole = part.levels(pictures()), part(pictures())
+    assert [(level.grid, level.tokens.shape[2]) for level in found] == [
+        (spec.grid, spec.channels) for spec in promised.levels or (promised,)
+    ]
+    stacked = torch.cat([level.resampled(whole.grid).tokens for level in found], dim=-1)
+    torch.testing.assert_close(stacked, whole.tokens)
+
+
+@each_encoder
 def test_the_published_size_runs_on_shapes_alone(name):
     cls = ENCODERS.get(name)
     settings = cls.settings_class()
@@ -249,6 +261,6 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(name):
         kept.append(sum(numbers))
         gradients.append([p.grad.clone() for p in part.parameters() if p.grad is not None])
         part.zero_grad()
-        shell.activation_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing_on(shell)
     assert kept[1] < kept[0]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import PIL
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +29,9 @@ pytestmark = [
 ]
 NAMES = ("tall", "wide", "square")
 ROUNDING = 1e-6  # float32: theirs is resized after normalising, ours before
+# From 13 on Pillow resizes a picture that grows one way and shrinks the other in another order: what was cut
+# off at black and white in between differs, by up to 8 of 255 levels in the overview of the tall picture.
+OVERVIEW = 0.0 if int(PIL.__version__.partition(".")[0]) < 13 else 0.25
 FIT = {"pad": "pad", "square": "crop", "normal": "pad"}
 
 
@@ -61,7 +65,7 @@ def test_anyres_tiles(side, agree):
     for number, name in enumerate(NAMES):
         found = opened(processor, name)
         expected = golden("llava")[f"anyres.{side}.{number}"]
-        agree("preprocess", f"llava.anyres.{side}.{number}", normalised(found), expected, 0.0)
+        agree("preprocess", f"llava.anyres.{side}.{number}", normalised(found), expected, OVERVIEW)
 
 
 @pytest.mark.parametrize("kind", ["normal", "square"])

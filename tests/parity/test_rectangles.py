@@ -16,6 +16,7 @@ from transformers import (
 
 from tests.parity.test_encoders import OURS, build, loaded, random_model
 from tests.parity.test_swin_siglip2_radio import siglip2_model
+from tests.tiny import switch_checkpointing_on
 from vlmix.core.errors import ImageError
 from vlmix.core.tensors import FeatureMap
 from vlmix.encoders.pix2struct import Pix2structSettings
@@ -110,6 +111,6 @@ def test_rectangles_run_block_by_block_in_bfloat16_and_under_checkpointing(setti
         x = part.block(index, x)
     assert torch.equal(part.finish(x).tokens, part(levels).tokens)
     expected = part(levels).tokens
-    part.tower.activation_checkpointing_enable({"use_reentrant": False})
+    switch_checkpointing_on(part.tower)
     torch.testing.assert_close(part.train()(levels).tokens, expected)
     assert part.to(torch.bfloat16)(levels).tokens.dtype == torch.bfloat16

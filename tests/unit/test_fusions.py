@@ -9,6 +9,7 @@ from torch import Tensor
 from vlmix.core.errors import PlanError
 from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.fusion.channel_concat import ChannelConcat, ChannelConcatSettings
+from vlmix.fusion.deformable import Deformable, DeformableSettings
 from vlmix.fusion.sequence_append import SequenceAppend, SequenceAppendSettings
 from vlmix.fusion.single import Single, SingleSettings
 
@@ -47,6 +48,35 @@ def test_channel_concat_takes_the_first_grid_and_the_chosen_resampling():
         out = part.merge([ramp(A, 0), high])
         assert torch.equal(out.tokens[..., 3:], high.resampled((2, 2), resampling).tokens)
         assert torch.equal(out.tokens[..., :3], ramp(A, 0).tokens)
+
+
+class Scaled:
+    """Stands for an encoder that sees at the given scales; its map is not asked for."""
+
+    def __init__(self, *specs):
+        self.maps = [ramp(spec, 7.0) for spec in specs]
+
+    def __call__(self, pixel_values):
+        assert len(self.maps) == 1, "the stack was asked for"
+        return self.maps[0]
+
+    def levels(self, pixel_values):
+        return self.maps
+
+
+def test_deformable_reads_each_encoders_levels_in_order():
+    levels = (VisionSpec((4, 4), 2), VisionSpec((2, 2), 5))
+    specs = [VisionSpec((2, 2), 8), VisionSpec((4, 4), 7, levels=levels), VisionSpec((3, 3), 4)]
+    pixels, encoders = torch.zeros(1, 3, 8, 8), [Scaled(specs[0]), Scaled(*levels), Scaled(specs[2])]
+    part = Deformable(DeformableSettings(heads=2), specs)
+    assert [linear.in_features for linear in part.attention.values] == [2, 5, 4]
+    part.gain.data.fill_(1.0)
+    expected = part.merge([encoders[0].maps[0], *encoders[1].maps, *encoders[2].maps])
+    assert torch.equal(part(encoders, pixels).tokens, expected.tokens)
+    alone = Deformable(DeformableSettings(heads=2, levels=False), specs)
+    assert [linear.in_features for linear in alone.attention.values] == [7, 4]
+    with pytest.raises(AssertionError, match="the stack was asked for"):
+        alone(encoders, pixels)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.conformance.test_views import SIZES, processor_of, sample
-from tests.tiny import PLACEHOLDER, part, text_config
+from tests.tiny import PLACEHOLDER, part, switch_checkpointing_on, text_config
 from vlmix.core.errors import PlanError
 from vlmix.core.parts import ENCODERS, FUSIONS
 from vlmix.models.configuration import VlmixConfig
@@ -119,7 +119,7 @@ def test_gradients_reach_every_layer_inside_and_checkpointing_changes_none():
     assert all(parameter.grad.abs().sum() > 0 for parameter in inside.values())
     plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    switch_checkpointing_on(model)
     model(**batch).loss.backward()
     again = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert plain.keys() == again.keys()
