@@ -46,7 +46,7 @@ class _MineWindows(torch.autograd.Function):
         dtype = torch.promote_types(torch.promote_types(keys_INC.dtype, queries_INEC.dtype), torch.float32)
         pooled_INEC = queries_INEC.new_empty(queries_INEC.shape, dtype=dtype)
         queries_IGWEC, pooled_IGWEC = (t.unflatten(1, sizes[:2]) for t in (queries_INEC, pooled_INEC))
-        with _no_autocast(keys_INC):
+        with no_autocast(keys_INC):
             for at, keys_VMC in _steps(keys_INC, sizes, dtype):
                 normed_VMC, _ = _normalise(keys_VMC, eps)
                 query_VEC = queries_IGWEC[at].flatten(0, 2).to(dtype)
@@ -66,12 +66,12 @@ class _MineWindows(torch.autograd.Function):
         queries_IGWEC, grad_IGWEC, out_IGWEC = (
             t.unflatten(1, sizes[:2]) for t in (queries_INEC, grad_INEC, grad_queries_INEC)
         )
-        with _no_autocast(keys_INC):
+        with no_autocast(keys_INC):
             for at, keys_VMC in _steps(keys_INC, sizes, dtype):
                 normed_VMC, rstd_VM1 = _normalise(keys_VMC, ctx.eps)
                 both_VFC = torch.cat([queries_IGWEC[at].to(dtype), grad_IGWEC[at]], dim=3).flatten(0, 2)
                 dots_VFM = both_VFC @ normed_VMC.mT
-                slopes_VFM = _slopes(dots_VFM)
+                slopes_VFM = slopes(dots_VFM)
                 grad_VEC = slopes_VFM.chunk(2, dim=1)[0] @ normed_VMC
                 out_IGWEC[at] = grad_VEC.view_as(out_IGWEC[at]).to(out_IGWEC.dtype)
                 if grad_keys_INC is not None:
@@ -85,7 +85,7 @@ def _normalise(keys_VMC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return normed_VMC, rstd_VM1
 
 
-def _slopes(dots_VFM: Tensor) -> Tensor:
+def slopes(dots_VFM: Tensor) -> Tensor:
     """How much of each query (first half) and of each incoming gradient (second) flows to each key."""
     scores_VEM, pulls_VEM = dots_VFM.chunk(2, dim=1)
     weights_VEM = torch.softmax(scores_VEM, dim=-1)
@@ -123,7 +123,7 @@ def _steps(keys_INC: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Iter
             yield at, windows_IGWPQC[at].to(dtype).flatten(3, 4).flatten(0, 2)
 
 
-def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Keep products in the dtype they have here: autocast would round scores to half precision."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

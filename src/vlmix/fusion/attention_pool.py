@@ -75,6 +75,14 @@ class AttentionPool(Fusion):
             )
         return VisionSpec((chosen.grid[0] // window, chosen.grid[1] // window), chosen.channels)
 
+    @classmethod
+    def warnings(cls, settings: AttentionPoolSettings, specs: Sequence[VisionSpec]) -> list[str]:
+        """Encoders that never run."""
+        idle = [i for i in range(len(specs)) if i != settings.which]
+        if not idle:
+            return []
+        return [f"attention_pool: encoders {idle} do not run; their weights are kept for nothing"]
+
     def forward(
         self,
         encoders: Sequence[VisionEncoder],

@@ -12,10 +12,10 @@ from typing import Literal, Self
 import torch
 import transformers.initialization as init
 from pydantic import PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
 from vlmix.core.errors import PlanError
-from vlmix.core.interfaces import LateFusion
+from vlmix.core.interfaces import LateFusion, VisionEncoder
 from vlmix.core.parts import FUSIONS
 from vlmix.core.settings import PartSettings
 from vlmix.core.tensors import FeatureMap, TextContext, VisionSpec
@@ -23,11 +23,16 @@ from vlmix.fusion._sampling import DeformableAttention, cell_centres
 
 
 class DeformableSettings(PartSettings):
-    """``heads`` share the first encoder's channels; each reads ``points`` places of every other map."""
+    """``heads`` share the first encoder's channels; each reads ``points`` places of every other map.
+
+    With ``levels`` an encoder that sees at several scales is read at each of them on its own grid, one after
+    the other; without, its finished map is.
+    """
 
     kind: Literal["deformable"] = "deformable"  # pyright: ignore[reportIncompatibleVariableOverride]
     heads: PositiveInt = 16
     points: PositiveInt = 4
+    levels: bool = True
 
     @classmethod
     def tiny(cls) -> Self:
@@ -45,7 +50,8 @@ class Deformable(LateFusion):
         super().__init__()
         width = self.plan(settings, specs).channels
         self.norm = nn.LayerNorm(width)
-        channels = [spec.channels for spec in specs[1:]]
+        self.levels = settings.levels
+        channels = [level.channels for spec in specs[1:] for level in _levels(settings, spec)]
         self.attention = DeformableAttention(width, channels, settings.heads, settings.points)
         self.gain = nn.Parameter(torch.zeros(width))
 
@@ -54,8 +60,7 @@ class Deformable(LateFusion):
         """The first encoder's grid and channels.
 
         Raises:
-            PlanError: if no other encoder is there, a map has no rectangle, or the heads do not share the
-                first encoder's channels.
+            PlanError: if no other encoder is there, or the heads do not share the first encoder's channels.
 
         """
         if len(specs) < 2:
@@ -74,9 +79,27 @@ class Deformable(LateFusion):
         self.attention.reset()
         init.zeros_(self.gain)
 
+    def forward(
+        self,
+        encoders: Sequence[VisionEncoder],
+        pixel_values: Tensor,
+        context: TextContext | None = None,
+    ) -> FeatureMap:
+        """Run every encoder, all but the first up to their levels where those are read, then merge."""
+        if not self.levels:
+            return super().forward(encoders, pixel_values, context)
+        first, *others = encoders
+        seen = [level for encoder in others for level in encoder.levels(pixel_values)]
+        return self.merge([first(pixel_values), *seen], context)
+
     def merge(self, maps: Sequence[FeatureMap], context: TextContext | None = None) -> FeatureMap:
-        """Add to each token of the first map what it reads from the others."""
+        """Add to each token of the first map what it reads from the others, or from their levels."""
         first, *others = maps
         centres_N2 = cell_centres(first.grid, first.tokens)
         read_INC = self.attention(self.norm(first.tokens), centres_N2, others)
         return FeatureMap(first.tokens + self.gain * read_INC, first.grid)
+
+
+def _levels(settings: DeformableSettings, spec: VisionSpec) -> tuple[VisionSpec, ...]:
+    """What is read of one encoder."""
+    return spec.levels if settings.levels and spec.levels else (spec,)

@@ -33,6 +33,10 @@ class MixtureOfResolutionSettings(PartSettings):
     kind: Literal["mixture_of_resolution"] = "mixture_of_resolution"  # pyright: ignore[reportIncompatibleVariableOverride]
     after: tuple[PositiveInt, ...] | None = None
 
+    def shrunk(self, factor: int) -> Self:
+        """As many adapters as before, behind the first blocks of those that are left."""
+        return self if self.after is None else self.changed(after=tuple(range(1, len(self.after) + 1)))
+
     @classmethod
     def tiny(cls) -> Self:
         """One adapter, after the first block."""
@@ -104,6 +108,23 @@ class MixtureOfResolution(Fusion):
         larger, smaller = sorted((fast.grid, slow.grid), reverse=True)
         whole_ratio(larger, smaller, "mixture_of_resolution")
         return VisionSpec(fast.grid, fast.channels)
+
+    @classmethod
+    def warnings(cls, settings: MixtureOfResolutionSettings, specs: Sequence[VisionSpec]) -> list[str]:
+        """A slow path that enters nowhere, or sees less than the fast one."""
+        fast, slow = specs
+        found = []
+        if not _places(settings, fast):
+            found.append(
+                "mixture_of_resolution: `after` is empty, so the second encoder enters no block and is only "
+                "added at the end, as in LLaVA-HR's first stage; name blocks for the adapters"
+            )
+        if slow.tokens < fast.tokens:
+            found.append(
+                f"mixture_of_resolution: the second encoder's {slow.grid} is coarser than the first's "
+                f"{fast.grid}: it is interpolated and adds no resolution. Take a larger image_size for it"
+            )
+        return found
 
     def reset(self) -> None:
         """Adapters start as identities; the sum at the end starts from any Linear's weights."""

@@ -53,6 +53,14 @@ class Single(Fusion):
         chosen = specs[settings.which]
         return VisionSpec(chosen.grid, chosen.channels)
 
+    @classmethod
+    def warnings(cls, settings: SingleSettings, specs: Sequence[VisionSpec]) -> list[str]:
+        """Encoders that never run."""
+        idle = [i for i in range(len(specs)) if i != settings.which]
+        if not idle:
+            return []
+        return [f"single: encoders {idle} do not run; their weights are kept for nothing"]
+
     def forward(
         self,
         encoders: Sequence[VisionEncoder],

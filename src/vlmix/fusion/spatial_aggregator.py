@@ -131,8 +131,8 @@ class SpatialAggregator(LateFusion):
         if any(spec.grid != grid for spec in specs):
             return []
         return [
-            f"spatial_aggregator: every encoder gives {grid}, as many cells as there are queries, so nothing is "
-            "gathered in space; take a coarser `grid`, or an encoder with a finer map"
+            f"spatial_aggregator: every encoder gives {grid}, a cell for each query, so nothing is gathered "
+            "in space; take a coarser `grid`, or an encoder with a finer map"
         ]
 
     @classmethod
