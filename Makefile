@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help setup demo test check lint types layers format bench-mining bench-llava bench-nlvr clean
+.PHONY: help setup demo test check lint types layers format bench-mining bench-fusion bench-llava bench-nlvr clean
 
 help: ## What there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ format: .venv/.ready ## Bring every file into shape
 bench-mining: .venv/.ready ## Patch mining: what it sees more, and what the absorbed form saves
 	$(BIN)/python benchmarks/mining_cost.py --out runs/bench-mining/mining_cost.json
 	$(BIN)/python benchmarks/mining_claim.py --out runs/bench-mining
+
+bench-fusion: .venv/.ready ## Every fusion beside the others: tokens, parameters, time, memory
+	$(BIN)/python benchmarks/fusion_cost.py --out runs/bench-fusion/fusion_cost.json
 
 bench-llava: .venv/.ready ## LLaVA-1.5 here beside transformers' own model: time, memory, equal logits
 	$(BIN)/python benchmarks/llava_peer.py --out runs/bench-llava/llava_peer.json
