@@ -1,10 +1,11 @@
 """What each fusion costs from the encoders' maps to the language model's tokens, at equal settings.
 
 The maps are random, of the sizes that CLIP-L at 336 pixels (24 x 24 x 1024) and ConvNeXt-L at 768 pixels
-give: all four stages for the fusions that read several scales, the last (24 x 24 x 1536) for the others. Every
-fusion is followed by a two-layer MLP to width 4096. Encoders are frozen, as published: training is the forward
-pass and the gradients of fusion and projector. Times are taken in turns; ratios are to ``channel_concat`` in
-the same turn. Peak memory is that of a process that runs one training step, beyond what lay there before.
+give: all four stages for the fusions that read several scales, the last (24 x 24 x 1536) for the others.
+Every fusion is followed by a two-layer MLP to width 4096. Encoders are frozen, as published: training is the
+forward pass and the gradients of fusion and projector. Times are taken in turns; ratios are to
+``channel_concat`` in the same turn. Peak memory is that of a process that runs one step, beyond what lay
+there before.
 """
 
 from __future__ import annotations
