@@ -23,6 +23,7 @@ from vlmix.train.run import run_recipe
 from vlmix.train.stages import stage_order
 from vlmix.train.tiny import STEPS, shrunk
 
+pytestmark = pytest.mark.slow
 each_recipe = pytest.mark.parametrize("name", shipped_recipes())
 trained = {}
 

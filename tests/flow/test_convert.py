@@ -31,6 +31,8 @@ from vlmix.core.errors import CheckpointError
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.recipe_file import with_overrides
 
+pytestmark = pytest.mark.flow
+
 PLACEHOLDER = 60
 # A tower with other heads than every published one, which shapes do not show.
 CHANGES = ["encoders.0.heads=4", f"image_token_id={PLACEHOLDER}"]

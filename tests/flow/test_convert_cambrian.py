@@ -16,6 +16,8 @@ from vlmix.core.errors import CheckpointError
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.recipe_file import with_overrides
 
+pytestmark = pytest.mark.flow
+
 NAMES = ["siglip/tiny", "openai/clip", "facebook/dinov2-res16", "clip-convnext-L-multi-stage-res32"]
 TOKENS = [4, 4, 4, 16]
 INNER, SIDE = 32, 2

@@ -18,6 +18,8 @@ from vlmix.convert._pickles import as_safetensors
 from vlmix.convert.export import export
 from vlmix.convert.run import convert
 
+pytestmark = pytest.mark.flow
+
 SHARD = 6 << 20
 SLACK = 5 << 20  # the allocator's own, and what a conversion needs besides weights
 ROOMY = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 10, "num_key_value_heads": 4}

@@ -34,6 +34,8 @@ from vlmix.train.recipe_file import with_overrides
 from vlmix.views.anyres import Anyres, AnyresSettings
 from vlmix.views.dynamic import Dynamic, DynamicSettings
 
+pytestmark = pytest.mark.flow
+
 PLACEHOLDER, SIDE = 60, 32
 POINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # (height, width)
 CHANGES = ["encoders.0.heads=4", f"image_token_id={PLACEHOLDER}"]

@@ -18,6 +18,8 @@ from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.modeling import VlmixForConditionalGeneration
 
+pytestmark = pytest.mark.flow
+
 EYES = ["clip", "convnext", "dinov2"]
 IDS = torch.tensor([[2, 5, 7, 11, 13]])
 
