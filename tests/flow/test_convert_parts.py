@@ -30,10 +30,11 @@ from vlmix.core.errors import CheckpointError, InputError
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.recipe_file import with_overrides
 
-pytestmark = pytest.mark.flow
-
-# peft asks transformers for a name that transformers deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.flow,
+    # peft asks transformers for a name that transformers deprecates.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+]
 GOLDENS = Path(__file__).parents[2].parent / "shared" / "goldens"
 IDS = torch.tensor([[2, 5, 7, 11, 13]])
 

@@ -111,6 +111,7 @@ def test_public_names_are_those_written_down():
         _ = vlmix.nothing_of_this_name
 
 
+@pytest.mark.slow
 def test_auto_classes_know_vlmix_in_either_order_of_import():
     for first, second in (("vlmix", "transformers"), ("transformers", "vlmix")):
         code = (
