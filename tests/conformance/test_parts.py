@@ -25,7 +25,8 @@ COMBINATIONS = [
     *itertools.product(ENCODERS.names(), repeat=2),
     tuple(ENCODERS.names()),
 ]
-MAPS = [VisionSpec((4, 4), 6), VisionSpec((6, 2), 8), VisionSpec((1, 16), 6), VisionSpec((3, 5), 4)]
+SIZES = {(4, 4): 6, (6, 2): 8, (1, 16): 6, (3, 5): 4, (2, 3): 12}
+MAPS = [VisionSpec(grid, channels) for grid, channels in SIZES.items()]
 WIDTH = 12
 
 each_part = pytest.mark.parametrize(("registry", "name"), PARTS, ids=[name for _, name in PARTS])

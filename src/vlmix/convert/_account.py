@@ -16,6 +16,8 @@ from vlmix.core.errors import CheckpointError
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.modeling import VlmixForConditionalGeneration
 
+# Eight bits mean nothing without scales, which no family stores.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _CHUNK = 1 << 24  # numbers looked at at once, so that looking needs no memory to speak of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -43,13 +45,13 @@ class Move:
 
         """
         first, *rest = self.pieces
-        tensor = _finite(self.folder, first.theirs)
+        tensor = finite(self.folder, first.theirs)
         if not first.box:
             return tensor
         whole = tensor.new_empty(self.shape)
         whole[first.box] = tensor
         for piece in rest:
-            whole[piece.box] = _finite(self.folder, piece.theirs)
+            whole[piece.box] = finite(self.folder, piece.theirs)
         return whole
 
 
@@ -141,8 +143,8 @@ def _faults(move: Move) -> list[str]:
         stored, shape = move.folder.tensors[piece.theirs], tuple(whole[piece.box].shape)
         if stored.shape != shape:
             faults.append(f"{piece.theirs} is {stored.shape}, here {shape}")
-        elif not stored.dtype.startswith(("F", "BF")):
-            faults.append(f"{piece.theirs} is {stored.dtype}, not floating point")
+        elif stored.dtype not in _FLOATS:
+            faults.append(f"{piece.theirs} is {stored.dtype}, not floating point of 16 bits or more")
         elif len(types) > 1:
             faults.append(f"{piece.theirs} is {stored.dtype}, its neighbours in one stack are not")
     return faults
@@ -152,10 +154,16 @@ def _has(move: Move, piece: Piece) -> bool:
     return piece.theirs in move.folder.tensors
 
 
-def _finite(folder: PublishedFolder, name: str) -> Tensor:
+def finite(folder: PublishedFolder, name: str) -> Tensor:
+    """One tensor of a published folder.
+
+    Raises:
+        CheckpointError: if it cannot be read, or holds a number that is not finite.
+
+    """
     tensor = folder.tensor(name)
     if not all(bool(torch.isfinite(chunk).all()) for chunk in tensor.reshape(-1).split(_CHUNK)):
-        raise CheckpointError(f"{folder.tensors[name].file}: {name} holds a number that is not finite")
+        raise CheckpointError(f"{folder.tensors[name].source}: {name} holds a number that is not finite")
     return tensor
 
 

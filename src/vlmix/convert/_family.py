@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from vlmix.convert._names import Names
 from vlmix.convert._source import PublishedFolder
@@ -37,7 +37,12 @@ class Writing:
 
 
 class Family(ABC):
-    """One file in ``vlmix.convert.families``, found by its name."""
+    """One file in ``vlmix.convert.families``, found by its name.
+
+    ``indexed`` says that the authors' code needs an index even where there is only one file of weights.
+    """
+
+    indexed: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

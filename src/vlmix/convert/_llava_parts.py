@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlmix.convert._names import Names, Rename, Stack, Unused
 from vlmix.convert._source import PublishedFolder
 from vlmix.core.errors import CheckpointError
 from vlmix.models.configuration import VlmixConfig
+from vlmix.models.image_processing import Fit
 
 # What stands in class names, and the decoder behind it; the last of a kind is what is written.
 _LANGUAGES = {
@@ -23,6 +24,7 @@ _LANGUAGES = {
     "Phi": "phi",
 }
 _CLASS = re.compile(f"({'|'.join(_LANGUAGES)})ForCausalLM")
+_LLAMA_TYPES = ("llava", "mgm", "mini_gemini")  # those of other decoders end with its name
 _FOREIGN = re.compile(
     r"mm_|tune_|freeze_|use_mm_|unfreeze_|image_|optimize_|tokenizer_|aux_|vision_|is_multipath|input_image"
     r"|num_query_group|query_num_list|connector_|(num|start|stride)_of_vision"
@@ -39,6 +41,7 @@ _NOT_LANGUAGE = frozenset(
     )
 )
 
+FEATURES = {"patch": "drop_after", "cls_patch": "keep"}
 _ROPE = ("rope_theta", "partial_rotary_factor")  # once keys of their own
 _LAYER, _OUR_LAYER = "model.layers.{n}.", "model.language_model.model.layers.{n}."
 _EXPERT = f"{_LAYER}block_sparse_moe.experts.{{e}}."
@@ -57,6 +60,7 @@ LANGUAGE = Names(
 # Templates by decoder; one of Llama's make is told further by its vocabulary.
 TEMPLATES = {"mistral": "mistral", "mixtral": "mistral", "gemma": "gemma", "qwen2": "chatml", "phi": "phi"}
 _LLAMA3, _YI = 128256, 64000
+_ADDED = 512  # tokens that checkpoints have put behind a decoder's own vocabulary, at most
 
 
 def architecture(folder: PublishedFolder) -> str:
@@ -92,13 +96,16 @@ def language_config(folder: PublishedFolder) -> dict[str, Any]:
 def _decoder(folder: PublishedFolder, config: Mapping[str, Any]) -> str:
     if folder.decoder is not None:
         return str(config.get("model_type"))
-    found = _CLASS.search(architecture(folder))
-    if found is None:
+    if (found := _CLASS.search(architecture(folder))) is not None:
+        return _LANGUAGES[found.group(1)]
+    kind = str(config.get("model_type", ""))
+    named = "llama" if kind in _LLAMA_TYPES else kind.rpartition("_")[2]
+    if architecture(folder) or named not in _LANGUAGES.values():
         raise CheckpointError(
-            f"{folder.folder}: {architecture(folder)!r} is built on no decoder known here: "
+            f"{folder.folder}: {architecture(folder) or kind!r} is built on no decoder known here: "
             f"{', '.join(_LANGUAGES)}"
         )
-    return _LANGUAGES[found.group(1)]
+    return named
 
 
 def _gemma_activation(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +126,8 @@ def chat_template(language: Mapping[str, Any], templates: Mapping[str, str], lla
     """The template a decoder was trained with here: Llama's are told by their vocabulary."""
     kind, vocabulary = str(language["model_type"]), int(language.get("vocab_size", 0))
     if kind == "llama":
-        return {_LLAMA3: llama3, _YI: "chatml"}.get(vocabulary, "vicuna")
+        known = {_LLAMA3: llama3, _YI: "chatml"}
+        return next((known[size] for size in known if 0 <= vocabulary - size <= _ADDED), "vicuna")
     return templates.get(kind, "vicuna")
 
 
@@ -131,6 +139,37 @@ def visual_scale(language: Mapping[str, Any]) -> dict[str, float]:
     return {"scale": float(language["hidden_size"]) ** 0.5} if language["model_type"] == "gemma" else {}
 
 
+def fit(config: Mapping[str, Any]) -> Fit:
+    """How pictures were made square: cut in the middle, as in first stages, unless the config says `pad`."""
+    return "pad" if config.get("image_aspect_ratio") == "pad" else "crop"
+
+
+def class_token(config: Mapping[str, Any], known: Sequence[str] = tuple(FEATURES)) -> str:
+    """What becomes of CLIP's class token, from ``mm_vision_select_feature``.
+
+    Raises:
+        CheckpointError: if that is none of ``known``.
+
+    """
+    chosen = str(config.get("mm_vision_select_feature", "patch"))
+    if chosen not in known:
+        raise CheckpointError(f"mm_vision_select_feature {chosen!r} has no counterpart; {list(known)} has")
+    return FEATURES[chosen]
+
+
+def canvases(sizes: Iterable[Sequence[int]], side: int) -> list[list[int]]:
+    """Canvases of whole tiles, from their (height, width) in pixels.
+
+    Raises:
+        CheckpointError: if one is no whole number of tiles.
+
+    """
+    found = [list(size) for size in sizes]
+    if wrong := [size for size in found if any(length % side for length in size)]:
+        raise CheckpointError(f"image_grid_pinpoints: {wrong[0]} is no whole number of tiles of {side}")
+    return [[length // side for length in size] for size in found]
+
+
 def projector(config: Mapping[str, Any]) -> tuple[dict[str, Any], Rename]:
     """The projector's settings and names, from ``mm_projector_type``.
 
@@ -139,11 +178,13 @@ def projector(config: Mapping[str, Any]) -> tuple[dict[str, Any], Rename]:
 
     """
     kind = str(config.get("mm_projector_type", "linear"))
+    if kind == "identity":
+        return {"kind": kind}, Rename("model.mm_projector.{rest}", "model.projector.{rest}")
     if kind == "linear":
         return {"kind": "linear"}, Rename("model.mm_projector.{rest}", "model.projector.linear.{rest}")
     found = re.fullmatch(r"mlp(\d+)x_gelu", kind)
     if found is None:
-        raise CheckpointError(f"mm_projector_type {kind!r} is not known; known: linear, mlpNx_gelu")
+        raise CheckpointError(f"mm_projector_type {kind!r} is not known; known: identity, linear, mlpNx_gelu")
     layers = Rename("model.mm_projector.{rest}", "model.projector.layers.{rest}")
     return {"kind": "mlp", "depth": int(found.group(1))}, layers
 
@@ -151,7 +192,8 @@ def projector(config: Mapping[str, Any]) -> tuple[dict[str, Any], Rename]:
 def flat_config(config: VlmixConfig, name: str, model_type: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """A config as LLaVA's descendants write it: the decoder's keys and their own side by side."""
     settings = config.projector_settings().model_dump()
-    if settings["kind"] not in ("linear", "mlp") or settings.get("hidden") is not None:
+    plain = settings.get("hidden") is None and settings.get("bias", True)
+    if settings["kind"] not in ("identity", "linear", "mlp") or not plain:
         raise CheckpointError(f"the projector {settings} has no counterpart in this family")
     decoder = config.language.to_dict()
     scale = visual_scale(decoder).get("scale", 1.0)
@@ -160,7 +202,7 @@ def flat_config(config: VlmixConfig, name: str, model_type: str, own: Mapping[st
             f"the projector's scale is {settings['scale']}; this family reads a {decoder['model_type']} "
             f"with {scale}"
         )
-    kind = "linear" if settings["kind"] == "linear" else f"mlp{settings['depth']}x_gelu"
+    kind = f"mlp{settings['depth']}x_gelu" if settings["kind"] == "mlp" else settings["kind"]
     return {
         **_flat_language(decoder),
         "architectures": [name],
@@ -226,6 +268,25 @@ def parts_are(
             f"{family} is {list(encoders)} with {fusion}; this model is {found[0]} with {found[1]}"
         )
     return [part.model_dump(mode="json") for part in settings]
+
+
+def check_settled(parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]], family: str) -> None:
+    """Refuse settings that the authors' code has no choice about, so that nothing is lost in silence.
+
+    ``parts`` are a model's parts by name: their settings, and what the authors' code has for them.
+
+    Raises:
+        CheckpointError: if one differs.
+
+    """
+    wrong = [
+        f"{name}.{key} is {found[key]!r}, there always {value!r}"
+        for name, (found, settled) in parts.items()
+        for key, value in settled.items()
+        if found[key] != value
+    ]
+    if wrong:
+        raise CheckpointError(f"{family} has no place for some settings: {'; '.join(wrong)}")
 
 
 def required(folder: PublishedFolder, key: str) -> Any:

@@ -18,6 +18,7 @@ from vlmix.core.errors import CheckpointError
 
 PART_BYTES = 256 << 20
 _LOOK_EVERY_SECONDS = 0.5
+_FORBIDDEN = "unsupported"  # torch's word for what a pickle asked for in vain
 
 _CHILD = """
 import sys, zipfile, torch
@@ -54,8 +55,9 @@ def as_safetensors(path: Path, scratch: Path, told: Told = quiet) -> list[Path]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
         said = _watched(child, lambda: told(what, _bytes(scratch, copy), size))
     if child.returncode:
-        last = (said.strip().splitlines() or ["no message"])[-1]
-        raise CheckpointError(f"{path}: refused; only plain tensors are read from a .bin file: {last[:300]}")
+        lines = said.strip().splitlines() or ["no message"]
+        why = next((line.strip() for line in lines if _FORBIDDEN in line.lower()), lines[-1])
+        raise CheckpointError(f"{path}: refused; only plain tensors are read from a .bin file: {why[:300]}")
     told(what, size, size)
     return _copies(scratch, copy)
 

@@ -34,20 +34,20 @@ class ShardWriter:
         self._bytes += size
         self._total += size
 
-    def close(self) -> None:
-        """Write what is left, name the shards, and write the index where there are several."""
+    def close(self, *, index: bool = False) -> None:
+        """Write what is left, name the shards, and write an index: if there are several, or ``index``."""
         self._flush()
         count = len(self._shards)
         names = [
             f"{self.stem}.safetensors" if count == 1 else f"{self.stem}-{i:05d}-of-{count:05d}.safetensors"
             for i in range(1, count + 1)
         ]
-        for index, name in enumerate(names):
-            self._part(index).rename(self.folder / name)
-        if count > 1:
+        for part, name in enumerate(names):
+            self._part(part).rename(self.folder / name)
+        if count > 1 or index:
             weight_map = {tensor: names[i] for i, shard in enumerate(self._shards) for tensor in shard}
-            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            write_json(self.folder / f"{self.stem}.safetensors.index.json", index)
+            written = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            write_json(self.folder / f"{self.stem}.safetensors.index.json", written)
 
     def _flush(self) -> None:
         if self._held:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,16 @@ _CONFIGS = ("config.json", "open_clip_config.json")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and what it looks like, from the file's header; ``size`` in bytes."""
+    """Where a tensor lies and what it looks like, from the file's header; ``size`` in bytes.
+
+    ``source`` is the file that was given, where ``file`` is a copy of a pickled one.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     size: int
+    source: Path
 
 
 class PublishedFolder:
@@ -95,8 +99,8 @@ class PublishedFolder:
             readable = [path] if path.suffix == ".safetensors" else self._copies(path)
             for name, stored in (entry for copy in readable for entry in _header(copy)):
                 if name in found:
-                    raise CheckpointError(f"{path}: holds {name!r}, and so does {found[name].file.name}")
-                found[name] = stored
+                    raise CheckpointError(f"{path}: holds {name!r}, and so does {found[name].source.name}")
+                found[name] = replace(stored, source=path)
         return found
 
     def tensor(self, name: str, box: Box = ()) -> Tensor:
@@ -159,7 +163,7 @@ def read_tensor(stored: Stored, name: str, box: Box = ()) -> Tensor:
         with safe_open(stored.file, framework="pt") as file:
             return file.get_slice(name)[box] if box else file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{stored.file}: cannot read {name!r}: {error}") from None
+        raise CheckpointError(f"{stored.source}: cannot read {name!r}: {error}") from None
 
 
 def _header(path: Path) -> Iterator[tuple[str, Stored]]:
@@ -172,12 +176,14 @@ def _header(path: Path) -> Iterator[tuple[str, Stored]]:
             header = json.loads(file.read(length))
     except (OSError, struct.error, ValueError) as error:
         raise CheckpointError(f"{path}: is cut short or not a safetensors file: {error}") from None
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     try:
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         spans = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        found = [(n, Stored(path, tuple(e["shape"]), str(e["dtype"]), spans[n])) for n, e in entries.items()]
-    except (KeyError, TypeError, IndexError):
+        found = [
+            (n, Stored(path, tuple(e["shape"]), str(e["dtype"]), spans[n], path)) for n, e in entries.items()
+        ]
+    except (AttributeError, KeyError, TypeError, IndexError):
         raise CheckpointError(f"{path}: its header is damaged") from None
     size = path.stat().st_size
     if size != 8 + length + end:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vlmix.convert._names import Names, Rename, Unused
@@ -13,7 +14,7 @@ from vlmix.core.errors import CheckpointError
 
 CLIP = "model.vision_tower.vision_tower.vision_model."
 HEAD_WIDTH = 64  # of every published CLIP; shapes do not show it
-XXLARGE_WIDTH = 384
+XXLARGE, XXLARGE_WIDTH = "xxlarge", 384
 _TEXT = "the text side of CLIP"
 _TEXT_SIDE = tuple(
     Unused(name, _TEXT)
@@ -174,8 +175,8 @@ def clip_blocks(clip: dict[str, Any]) -> int:
     return layer if layer >= 0 else int(clip["layers"]) + 1 + layer
 
 
-def convnext_settings(tower: ConvnextTower) -> dict[str, Any]:
-    """A ConvNeXt's sizes, from the shapes of its tensors."""
+def convnext_settings(tower: ConvnextTower, name: str = "") -> dict[str, Any]:
+    """A ConvNeXt's sizes, from the shapes of its tensors; ``name`` is what the config calls it."""
     folder, stem, stages = tower.folder, tower.stem, tower.stages
     block = re.compile(re.escape(stages) + r"(\d)\.blocks\.(\d+)\.conv_dw\.weight")
     found = [(match, name) for name in folder.tensors if (match := block.fullmatch(name))]
@@ -188,7 +189,7 @@ def convnext_settings(tower: ConvnextTower) -> dict[str, Any]:
         "depths": depths,
         "widths": [widths[stage] for stage in range(4)],
         # timm builds the xxlarge, which is 384 wide, with another constant than all smaller ones.
-        "norm_eps": 1e-5 if widths[0] == XXLARGE_WIDTH else 1e-6,
+        "norm_eps": 1e-5 if XXLARGE in Path(name).name or widths[0] == XXLARGE_WIDTH else 1e-6,
     }
 
 

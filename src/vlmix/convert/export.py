@@ -21,7 +21,7 @@ from vlmix.core.errors import CheckpointError
 from vlmix.core.files import publish, read_json, write_json
 from vlmix.models.configuration import VlmixConfig
 
-_GENERATION = "generation_config.json"
+_GENERATION, _PROCESSOR = "generation_config.json", "processor_config.json"
 _BESIDE = (
     "tokenizer.json",
     "tokenizer.model",
@@ -63,7 +63,7 @@ def export(source: Path, target: Path, family: str, told: Told = quiet) -> int:
             for part, name in aside:
                 writer.make_room(part.tensors[name].size)
                 writer.add(name, part.tensor(name))
-            writer.close()
+            writer.close(index=FAMILIES.get(family).indexed)
             _write_beside(new, folder, way)
     return len(taken) + len(aside)
 
@@ -88,12 +88,22 @@ def _way(folder: Path, family: str) -> _Way:
     if kept["family"] == family and kept["whole"]:
         names, elsewhere = (_names(kept[key]) for key in ("renames", "elsewhere"))
         return _Way(Writing(kept["config"], names), elsewhere, kept["tied"], kept["generation_config"])
-    writing = cls.write(VlmixConfig.from_pretrained(folder))
+    writing = _framed(cls.write(VlmixConfig.from_pretrained(folder)), folder)
     if kept["family"] != family:
         return _Way(writing)
     # What was read was a part of a model. Now it is whole; its encoders keep the names they had.
     said = {key: kept["config"].get(key, "") for key, value in writing.config.items() if value == ""}
     return _Way(Writing({**writing.config, **said}, writing.names), _names(kept["elsewhere"]), kept["tied"])
+
+
+def _framed(writing: Writing, folder: Path) -> Writing:
+    """With how pictures are made square, which the processor knows, where the family says it at all."""
+    path = folder / _PROCESSOR
+    said: Mapping[str, Any] = read_json(path) if path.is_file() else {}
+    fit = said.get("image_processor", {}).get("fit", "pad")
+    if fit == "pad" or writing.config.get("image_aspect_ratio") != "pad":
+        return writing
+    return Writing({**writing.config, "image_aspect_ratio": "square"}, writing.names)
 
 
 def _taken(ours: PublishedFolder, way: _Way, family: str) -> list[tuple[str, Piece, int]]:

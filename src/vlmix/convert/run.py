@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, GenerationConfig
 
-from vlmix.convert._account import Account, account
+from vlmix.convert._account import Account, account, finite
 from vlmix.convert._compose import Beside, opened
 from vlmix.convert._family import Family, Reading
 from vlmix.convert._names import Names
@@ -19,7 +21,7 @@ from vlmix.convert._progress import Told, quiet
 from vlmix.convert._shards import ShardWriter
 from vlmix.convert._source import PublishedFolder
 from vlmix.convert.registry import FAMILIES
-from vlmix.core.errors import CheckpointError
+from vlmix.core.errors import CheckpointError, VlmixError
 from vlmix.core.files import publish, write_json, write_manifest
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.image_processing import VlmixImageProcessor
@@ -75,13 +77,14 @@ def convert(
     with TemporaryDirectory(dir=room, prefix=f".{target.name}.", suffix=".unfinished") as scratch:
         folder = opened(source, Path(scratch), beside or Beside(), told)
         name, family = recognise(folder)
-        reading = family.read(folder)
-        _check_towers(folder)
-        settings = change(dict(reading.config))
-        # Where no token of theirs stands for a picture, one behind the vocabulary does.
-        behind = {"image_token_id": int(settings["text_config"].get("vocab_size", 32000))}
-        config = VlmixConfig(**{**behind, **settings})
-        found = account(folder, reading, config)
+        with _understood(folder):
+            reading = family.read(folder)
+            _check_towers(folder)
+            settings = change(dict(reading.config))
+            # Where no token of theirs stands for a picture, one behind the vocabulary does.
+            behind = {"image_token_id": int(settings["text_config"].get("vocab_size", 32000))}
+            config = VlmixConfig(**{**behind, **settings})
+            found = account(folder, reading, config)
         with publish(target) as new:
             processor = _processor(new, tokenizer, folder, reading, config)
             _write_model(new, found, config, told)
@@ -109,6 +112,27 @@ def recognise(folder: PublishedFolder) -> tuple[str, type[Family]]:
             f"{some}. Known: {', '.join(FAMILIES.names())}"
         )
     return found[0], FAMILIES.get(found[0])
+
+
+@contextmanager
+def _understood(folder: PublishedFolder) -> Iterator[None]:
+    """Turn what a value of a wrong kind in ``config.json`` sets off, here or in a library, into one error."""
+    try:
+        yield
+    except VlmixError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(
+            f"{folder.folder / 'config.json'}: a value in it cannot be used: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_towers(folder: PublishedFolder) -> None:
@@ -170,7 +194,7 @@ def _write_kept(target: Path, folder: PublishedFolder, found: Account, family: s
     writer = ShardWriter(target, stem="unused")
     for theirs, _ in kept:
         writer.make_room(folder.tensors[theirs].size)
-        writer.add(theirs, folder.tensor(theirs))
+        writer.add(theirs, finite(folder, theirs))
     writer.close()
 
 

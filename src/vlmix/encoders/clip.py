@@ -12,6 +12,7 @@ import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from vlmix.core.errors import PlanError
 from vlmix.core.initial import fan_in
 from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
@@ -27,7 +28,8 @@ class ClipSettings(VitSettings):
     """Sizes of the tower, and when the class token leaves.
 
     ``class_token``: ``drop_after`` keeps it through the blocks (LLaVA, Mini-Gemini); ``drop_before`` takes
-    it out ahead of the first norm (Eagle, LLaVA-HR), so that no block ever sees it.
+    it out ahead of the first norm (Eagle, LLaVA-HR), so that no block ever sees it; ``keep`` gives it before
+    the patches (LLaVA's ``cls_patch``), a strip of tokens that has no rows.
     """
 
     kind: Literal["clip"] = "clip"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -39,7 +41,7 @@ class ClipSettings(VitSettings):
     mlp: int = 4096
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     feature_layer: int = -2
-    class_token: Literal["drop_after", "drop_before"] = "drop_after"
+    class_token: Literal["drop_after", "drop_before", "keep"] = "drop_after"
 
     @classmethod
     def tiny(cls) -> Self:
@@ -72,8 +74,20 @@ class ClipEncoder(VisionEncoder):
 
     @classmethod
     def plan(cls, settings: ClipSettings) -> VisionSpec:
-        """See ``vit_spec``."""
-        return vit_spec(settings)
+        """See ``vit_spec``.
+
+        Raises:
+            PlanError: also if the class token is kept and something needs rows and columns.
+
+        """
+        spec = vit_spec(settings)
+        if settings.class_token != "keep":
+            return spec
+        if settings.resample is not None or settings.sees == "picture":
+            raise PlanError(
+                "clip: with `class_token: keep` tokens are a strip without rows: leave out `resample`, `sees`"
+            )
+        return VisionSpec((1, spec.tokens + 1), spec.channels, blocks=spec.blocks)
 
     @property
     def inert_parameters(self) -> tuple[str, ...]:
@@ -96,8 +110,9 @@ class ClipEncoder(VisionEncoder):
         x_I3SS = encoder_input(pixel_values, self.settings, parts.patch_embedding.weight.dtype)
         table_NC = parts.position_embedding.weight
         x_INC = FeatureMap.from_nchw(parts.patch_embedding(x_I3SS)).tokens
-        x_INC = x_INC + resampled_table(table_NC[1:], table_side(self.settings), self.spec.grid)
-        if self.settings.class_token == "drop_after":
+        grid = vit_spec(self.settings).grid
+        x_INC = x_INC + resampled_table(table_NC[1:], table_side(self.settings), grid)
+        if self.settings.class_token != "drop_before":
             class_I1C = (parts.class_embedding + table_NC[0]).expand(x_INC.shape[0], 1, -1)
             x_INC = torch.cat((class_I1C, x_INC), dim=1)
         return self.tower.pre_layrnorm(x_INC)
@@ -107,7 +122,7 @@ class ClipEncoder(VisionEncoder):
         return self.tower.encoder.layers[index](x, None)
 
     def finish(self, x: Tensor) -> FeatureMap:
-        """Patch tokens only."""
+        """Patch tokens, behind the class token where it is kept."""
         return FeatureMap(x[:, -self.spec.tokens :], self.spec.grid)
 
     def load_weights(self, source: str) -> None:

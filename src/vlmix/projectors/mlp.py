@@ -16,12 +16,14 @@ from vlmix.projectors._mlp import mlp
 class MlpSettings(PartSettings):
     """``depth`` Linear layers; ``hidden`` is their width in between, the language model's unless given.
 
+    Without ``bias`` they only multiply, as in some checkpoints in transformers' layout.
     Every token is multiplied by ``scale`` at last: Mini-Gemini on Gemma, whose own tokens are, needs that.
     """
 
     kind: Literal["mlp"] = "mlp"  # pyright: ignore[reportIncompatibleVariableOverride]
     depth: PositiveInt = 2
     hidden: PositiveInt | None = None
+    bias: bool = True
     scale: PositiveFloat = 1.0
 
     @classmethod
@@ -39,7 +41,8 @@ class MlpProjector(Projector):
     def __init__(self, settings: MlpSettings, spec: VisionSpec, width: int) -> None:
         super().__init__()
         self.scale = settings.scale
-        self.layers = mlp(spec.channels, settings.hidden or width, width, settings.depth)
+        hidden = settings.hidden or width
+        self.layers = mlp(spec.channels, hidden, width, settings.depth, bias=settings.bias)
 
     @classmethod
     def plan(cls, settings: MlpSettings, spec: VisionSpec, width: int) -> VisionSpec:

@@ -169,7 +169,7 @@ def _told_apart(folder: PublishedFolder, beside: PublishedFolder, name: str, our
     if any(key.endswith("stem.0.weight") for key in names):
         aux = convnext_at(ConvnextTower(folder, "model.none.", "model.none."), name)
         stages = [0, 1, 2, 3] if _STAGES in name else [3]
-        convnext = {**convnext_settings(aux), "image_size": _CONVNEXT_SIZE, "stages": stages}
+        convnext = {**convnext_settings(aux, name), "image_size": _CONVNEXT_SIZE, "stages": stages}
         return convnext, aux.folder, convnext_names(aux, ours)
     if "embeddings.cls_token" in names:
         return _dinov2(beside.config), beside, _dinov2_names(ours)

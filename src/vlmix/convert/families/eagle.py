@@ -11,6 +11,8 @@ from vlmix.convert._llava_parts import (
     LANGUAGE,
     TEMPLATES,
     chat_template,
+    check_settled,
+    fit,
     flat_config,
     language_config,
     projector,
@@ -52,6 +54,15 @@ _CALLED = {
     "eva02": "det-1024",
     "pix2struct": "pix2struct-1024",
 }
+# What its code has no choice about, by kind. The loss of encoders in training leaves no trace in a model.
+_SETTLED: dict[str, dict[str, Any]] = {
+    "clip": {"class_token": "drop_before", "feature_layer": -1, "resize": "bilinear_corners"},
+    "convnext": {"stages": [3]},
+    "sam": {"neck": "first", "mean": [*CLIP_MEAN], "std": [*CLIP_STD]},
+    "eva02": {"mean": [*CLIP_MEAN], "std": [*CLIP_STD]},
+    "pix2struct": {},
+}
+_FUSION = {"norm": False, "resampling": "bilinear_corners"}
 _EVA_NAMES = (
     ("attn.q_bias", "attn.q_proj.bias"),
     ("attn.v_bias", "attn.v_proj.bias"),
@@ -93,7 +104,7 @@ class Eagle(Family):
         rest = Names((projector(folder.config)[1],)) + LANGUAGE
         names, elsewhere = placed(folder, *(section for _, section in towers), (folder, rest))
         template = chat_template(language, TEMPLATES, llama3="llama3")
-        return Reading(meant, names, elsewhere, chat_template=template)
+        return Reading(meant, names, elsewhere, chat_template=template, fit=fit(folder.config))
 
     @classmethod
     def write(cls, config: VlmixConfig) -> Writing:
@@ -105,6 +116,9 @@ class Eagle(Family):
                 f"Eagle joins {', '.join(_CALLED)} with channel_concat; this model has "
                 f"{[part['kind'] for part in encoders]} with {config.fusion_settings().kind}"
             )
+        settled = {f"encoders.{i}": (part, _SETTLED[part["kind"]]) for i, part in enumerate(encoders)}
+        fusion = config.fusion_settings().model_dump(mode="json")
+        check_settled({**settled, "fusion": (fusion, _FUSION)}, "Eagle")
         if config.view_settings().kind != "whole":
             raise CheckpointError("Eagle shows its encoders the whole picture; this model cuts it")
         names = Names()
@@ -200,9 +214,10 @@ def _sam(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
 
 
 def _eva02(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
-    """The rotations' buffers tell windows, grid and a head's width; every third block is global.
+    """The rotations' buffers tell windows, grid, a head's width and which blocks are global.
 
-    A folder written here has none of these buffers, which are computed: then sizes are the published ones.
+    A folder written here has none of these buffers, which are computed: then sizes are the published ones and
+    every third block is global.
     """
     width, _, _, patch = shape_of(folder, f"{prefix}patch_embed.proj.weight")
     cells, head, window = (_SIZE // patch) ** 2, min(HEAD_WIDTH, width), _EVA_WINDOW
@@ -220,11 +235,19 @@ def _eva02(folder: PublishedFolder, prefix: str) -> dict[str, Any]:
         "heads": width // head,
         "mlp": shape_of(folder, f"{prefix}blocks.0.mlp.w1.weight")[0],
         "window": window,
-        "global_blocks": list(range(2, layers, 3)),
+        "global_blocks": _eva02_global(folder, prefix, layers, cells),
         "rope_grid": window,
         "table_size": table * patch,
         **_CLIP_LOOK,
     }
+
+
+def _eva02_global(folder: PublishedFolder, prefix: str, layers: int, cells: int) -> list[int]:
+    """The blocks whose rotations have a row for every cell, or every third where not all blocks tell."""
+    names = [f"{prefix}blocks.{index}.attn.rope.freqs_cos" for index in range(layers)]
+    if not all(name in folder.tensors for name in names):
+        return list(range(2, layers, 3))
+    return [index for index, name in enumerate(names) if shape_of(folder, name)[0] == cells]
 
 
 def _pix2struct(folder: PublishedFolder, prefix: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from vlmix.convert._llava_parts import (
     LANGUAGE,
     TEMPLATES,
     chat_template,
+    check_settled,
+    fit,
     flat_config,
     language_config,
     parts_are,
@@ -66,8 +68,9 @@ class LlavaHr(Family):
             "resize": "bilinear_corners",
             **declared,
         }
-        slow = convnext_at(ConvnextTower.below(folder, _SLOW), str(config.get("vision_tower_slow", "")))
-        convnext = {**convnext_settings(slow), "image_size": size, "stages": [3]}
+        name = str(config.get("vision_tower_slow", ""))
+        slow = convnext_at(ConvnextTower.below(folder, _SLOW), name)
+        convnext = {**convnext_settings(slow, name), "image_size": size, "stages": [3]}
         adapted = any(name.startswith(f"{_TOWER}align_stages_latent.") for name in folder.tensors)
         fusion: dict[str, Any] = {"kind": "mixture_of_resolution", **({} if adapted else {"after": []})}
         meant = {
@@ -84,7 +87,7 @@ class LlavaHr(Family):
             (folder, _rest(config)),
         )
         template = chat_template(language, TEMPLATES, llama3="llama3")
-        return Reading(meant, names, towers, chat_template=template)
+        return Reading(meant, names, towers, chat_template=template, fit=fit(config))
 
     @classmethod
     def write(cls, config: VlmixConfig) -> Writing:
@@ -92,10 +95,14 @@ class LlavaHr(Family):
         clip, convnext = parts_are(config, ["clip", "convnext"], "mixture_of_resolution", "LLaVA-HR")
         quarters = [clip["layers"] * part // 4 for part in (1, 2, 3)]
         after = config.fusion_settings().model_dump()["after"]
-        if convnext["stages"] != [3] or clip["class_token"] != "drop_before" or clip["feature_layer"] != -1:
-            raise CheckpointError(
-                "LLaVA-HR reads CLIP's last block without class token and ConvNeXt's last stage"
-            )
+        settled = {
+            "encoders.0": (
+                clip,
+                {"class_token": "drop_before", "feature_layer": -1, "resize": "bilinear_corners"},
+            ),
+            "encoders.1": (convnext, {"stages": [3]}),
+        }
+        check_settled(settled, "LLaVA-HR")
         if after is not None and list(after) not in ([], quarters):
             raise CheckpointError(
                 f"LLaVA-HR's adapters stand after {quarters} or nowhere, not after {list(after)}"

@@ -9,6 +9,9 @@ from vlmix.convert._llava_parts import (
     LANGUAGE,
     TEMPLATES,
     chat_template,
+    check_settled,
+    class_token,
+    fit,
     flat_config,
     language_config,
     parts_are,
@@ -47,6 +50,8 @@ _TEMPLATES = {**TEMPLATES, "mistral": "mistral_mgm", "mixtral": "mistral_mgm"}
 class MiniGemini(Family):
     """Folders written by either generation of the authors' classes, of either stage."""
 
+    indexed = True  # patch mining's weights are looked up in the index, and without it are not loaded
+
     @classmethod
     def recognises(cls, folder: PublishedFolder) -> bool:
         """The projections of patch mining; both class names, and no ``model_type``, are seen in the wild."""
@@ -60,13 +65,14 @@ class MiniGemini(Family):
         clip = {
             **clip_settings(tower),
             "feature_layer": config.get("mm_vision_select_layer", -2),
+            "class_token": class_token(config, ("patch",)),
             "resize": "bilinear",
             **declared,
         }
         aux = convnext_at(ConvnextTower(folder, _STEM, _STAGES), str(config.get("mm_vision_tower_aux", "")))
         size = int(required(folder, "image_size_aux"))
         convnext = {
-            **convnext_settings(aux),
+            **convnext_settings(aux, str(config.get("mm_vision_tower_aux", ""))),
             "image_size": size,
             "stages": [0, 1, 2, 3],
             "drop_path": 0.1,
@@ -89,7 +95,7 @@ class MiniGemini(Family):
             (folder, _rest(config)),
         )
         template = chat_template(language, _TEMPLATES, llama3="llama3_mgm")
-        return Reading(meant, names, towers, chat_template=template)
+        return Reading(meant, names, towers, chat_template=template, fit=fit(config))
 
     @classmethod
     def write(cls, config: VlmixConfig) -> Writing:
@@ -97,8 +103,12 @@ class MiniGemini(Family):
         clip, convnext = parts_are(
             config, ["clip", "convnext"], "patch_mining", "Mini-Gemini", views=("whole", "hd")
         )
-        if config.fusion_settings().model_dump()["heads"] != 1 or convnext["stages"] != [0, 1, 2, 3]:
-            raise CheckpointError("Mini-Gemini mines all four stages with one head; this model does not")
+        settled = {
+            "encoders.0": (clip, {"class_token": "drop_after", "resize": "bilinear"}),
+            "encoders.1": (convnext, {"stages": [0, 1, 2, 3]}),
+            "fusion": (config.fusion_settings().model_dump(), {"heads": 1}),
+        }
+        check_settled(settled, "Mini-Gemini")
         own = {
             "mm_vision_select_layer": clip_blocks(clip),
             "mm_vision_tower": clip["weights"] or "",
