@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from tests import layouts
 from tests.layouts import decoder, llava, mini_gemini
-from vlmix.convert import _pickles
-from vlmix.convert._pickles import as_safetensors
 from vlmix.convert.export import export
 from vlmix.convert.run import convert
+from vlmix.core import pickles
+from vlmix.core.pickles import as_safetensors
 
 pytestmark = pytest.mark.flow
 
@@ -84,7 +84,7 @@ def test_no_more_than_a_shard_is_held(large, tmp_path, monkeypatch):
 
 
 def test_a_pickle_is_copied_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(_pickles, "PART_BYTES", 1 << 20)
+    monkeypatch.setattr(pickles, "PART_BYTES", 1 << 20)
     tensors = {f"layer.{i}.weight": torch.full((64, 1024), float(i)) for i in range(16)}
     tied = {**tensors, "tied": tensors["layer.0.weight"], "turned": tensors["layer.1.weight"].T}
     for zipped in (True, False):  # files of torch before 1.6 are no zip archives

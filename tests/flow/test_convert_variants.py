@@ -237,6 +237,48 @@ def test_eva02s_rotations_tell_which_blocks_are_global(tmp_path):
     assert _eva02_global(given, "t.", 5, 16) == [2]
 
 
+# -- what the tensors' types and ties are --
+
+
+@pytest.mark.parametrize(
+    ("tower", "rest", "widest"),
+    [
+        (torch.float32, torch.bfloat16, "float32"),
+        (torch.float32, torch.float16, "float32"),
+        (torch.float16, torch.bfloat16, "float32"),  # neither holds the other
+        (torch.bfloat16, torch.bfloat16, "bfloat16"),
+    ],
+)
+def test_no_tensor_of_a_mixed_folder_loses_bits_when_loaded(tower, rest, widest, plain, tmp_path):
+    cast = {
+        name: value.to(tower if "vision_tower" in name else rest) for name, value in plain["llava"][0].items()
+    }
+    convert(folder(plain, tmp_path / "given", tensors=cast), tmp_path / "ours")
+    model, stored = loaded(tmp_path / "ours"), load_file(tmp_path / "ours" / "model.safetensors")
+    assert str(model.dtype) == f"torch.{widest}"
+    found = model.state_dict()
+    assert all(torch.equal(found[name].double(), value.double()) for name, value in stored.items())
+
+
+def test_a_tied_head_may_be_stored_without_the_embeddings(plain, tmp_path):
+    tied = {"tie_word_embeddings": True}
+    usual = folder(plain, tmp_path / "usual", config=tied, without="lm_head.")
+    head = {"lm_head.weight": plain["llava"][0]["model.embed_tokens.weight"]}
+    given = folder(plain, tmp_path / "given", tensors=head, config=tied, without="model.embed_tokens.")
+    for source, target in ((usual, "one"), (given, "other")):
+        convert(source, tmp_path / target)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    language = loaded(tmp_path / "other").model.language_model
+    assert language.lm_head.weight is language.model.embed_tokens.weight
+    export(tmp_path / "other", tmp_path / "back", "llava")
+    assert same(given, tmp_path / "back")
+    alone = folder(plain, tmp_path / "alone", tensors=head, without="model.embed_tokens.")
+    with pytest.raises(CheckpointError, match=r"missing: \S+\.embed_tokens\.weight"):
+        convert(alone, tmp_path / "no")
+
+
 # -- transformers' layout --
 
 

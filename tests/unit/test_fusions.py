@@ -50,6 +50,15 @@ def test_channel_concat_takes_the_first_grid_and_the_chosen_resampling():
         assert torch.equal(out.tokens[..., :3], ramp(A, 0).tokens)
 
 
+def test_channel_concat_does_not_interpolate_along_a_strip():
+    strip = VisionSpec((1, 5), 3)
+    assert ChannelConcat.plan(ChannelConcatSettings(), [strip, strip]) == VisionSpec((1, 5), 6)
+    assert ChannelConcat.plan(ChannelConcatSettings(), [A, VisionSpec((1, 1), 3)]).grid == A.grid
+    for settings, specs in (({}, [strip, A]), ({}, [A, strip]), ({"grid": (2, 2)}, [strip])):
+        with pytest.raises(PlanError, match="gives a strip of 5 tokens, which has no rows to bring"):
+            ChannelConcat.plan(ChannelConcatSettings(**settings), specs)
+
+
 class Scaled:
     """Stands for an encoder that sees at the given scales; its map is not asked for."""
 

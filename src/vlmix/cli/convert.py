@@ -22,7 +22,7 @@ from vlmix.core.errors import InputError
 
 if TYPE_CHECKING:
     from vlmix.convert._compose import Beside
-    from vlmix.convert._progress import Told
+    from vlmix.core.progress import Told
 
 
 _SOURCE = typer.Argument(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmix.convert._family import Reading
-from vlmix.convert._names import Names, Piece
+from vlmix.convert._names import Names, Piece, Rename
 from vlmix.convert._source import PublishedFolder
 from vlmix.core.errors import CheckpointError
 from vlmix.models.configuration import VlmixConfig
@@ -35,7 +35,7 @@ class Move:
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(self.folder.tensors[piece.theirs].size for piece in self.pieces)
+        return sum(self.folder.tensors[piece.theirs].size // piece.cut[1] for piece in self.pieces)
 
     def read(self) -> Tensor:
         """The tensor.
@@ -46,6 +46,8 @@ class Move:
         """
         first, *rest = self.pieces
         tensor = finite(self.folder, first.theirs)
+        if first.cut != (0, 1):
+            return tensor[first.within(len(tensor))].clone()
         if not first.box:
             return tensor
         whole = tensor.new_empty(self.shape)
@@ -67,11 +69,15 @@ class Twin:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Every tensor of ours, and every one of theirs that has no place here, with the reason."""
+    """Every tensor of ours, and every one of theirs that has no place here, with the reason.
+
+    ``stand_ins`` are rules for tied tensors that are stored under the other's name only.
+    """
 
     moves: Sequence[Move]
     kept: Sequence[tuple[PublishedFolder, str, str]]
     twins: Sequence[Twin]
+    stand_ins: Names
 
 
 def account(folder: PublishedFolder, reading: Reading, config: VlmixConfig) -> Account:
@@ -86,7 +92,8 @@ def account(folder: PublishedFolder, reading: Reading, config: VlmixConfig) -> A
     kept: list[tuple[PublishedFolder, str, str]] = []
     twins: list[Twin] = []
     faults: list[str] = []
-    for part, names in ((folder, reading.names), *reading.towers):
+    stand_ins = _stand_ins(folder, reading.names, tied)
+    for part, names in ((folder, stand_ins + reading.names), *reading.towers):
         found = _moves(part, names, wanted)
         moves |= {move.ours: move for move in found}
         for theirs in part.tensors.keys() - {piece.theirs for move in found for piece in move.pieces}:
@@ -103,7 +110,7 @@ def account(folder: PublishedFolder, reading: Reading, config: VlmixConfig) -> A
         raise CheckpointError(f"{folder.folder}: {len(faults)} tensors do not fit:\n  {shown}")
     for twin in twins:
         _check_equal(twin)
-    return Account([moves[name] for name in wanted], sorted(kept, key=itemgetter(1)), twins)
+    return Account([moves[name] for name in wanted], sorted(kept, key=itemgetter(1)), twins, stand_ins)
 
 
 def wanted_shapes(config: VlmixConfig) -> tuple[Shapes, Mapping[str, str]]:
@@ -119,6 +126,19 @@ def wanted_shapes(config: VlmixConfig) -> tuple[Shapes, Mapping[str, str]]:
         else:
             first[id(tensor)], shapes[name] = name, tuple(tensor.shape)
     return shapes, tied
+
+
+def _stand_ins(folder: PublishedFolder, names: Names, tied: Mapping[str, str]) -> Names:
+    """Rules for tied tensors of which only the second is stored, such as a head without embeddings."""
+    pairs = [(names.theirs(second), names.theirs(first), first) for second, first in tied.items()]
+    stored = folder.tensors.keys()
+    return Names(
+        [
+            Rename(theirs, first)
+            for theirs, usual, first in pairs
+            if theirs is not None and theirs in stored and usual not in stored
+        ]
+    )
 
 
 def _moves(part: PublishedFolder, names: Names, wanted: Shapes) -> list[Move]:
@@ -141,6 +161,8 @@ def _faults(move: Move) -> list[str]:
             faults.append(f"missing: {piece.theirs}")
             continue
         stored, shape = move.folder.tensors[piece.theirs], tuple(whole[piece.box].shape)
+        if piece.cut != (0, 1):
+            shape = (shape[0] * piece.cut[1], *shape[1:])
         if stored.shape != shape:
             faults.append(f"{piece.theirs} is {stored.shape}, here {shape}")
         elif stored.dtype not in _FLOATS:

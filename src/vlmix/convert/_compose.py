@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from vlmix.convert._names import Box
-from vlmix.convert._progress import Told, quiet
 from vlmix.convert._source import PublishedFolder, Stored, read_tensor
 from vlmix.core.errors import CheckpointError
+from vlmix.core.progress import Told, quiet
 
 _ADAPTERS, _LORA = "adapter_config.json", ".lora_{}.weight"
 _WRAPPER = "base_model.model."

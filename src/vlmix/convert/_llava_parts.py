@@ -69,8 +69,10 @@ def architecture(folder: PublishedFolder) -> str:
     return str(found[0]) if isinstance(found, list) and found else ""
 
 
-def language_config(folder: PublishedFolder) -> dict[str, Any]:
+def language_config(folder: PublishedFolder, kind: str = "") -> dict[str, Any]:
     """The decoder's own part of a flat ``config.json``, or its own config where its folder is another.
+
+    ``kind`` is the decoder's ``model_type``, where the family knows it.
 
     Raises:
         CheckpointError: if there is no decoder, or one that is not known here.
@@ -82,7 +84,7 @@ def language_config(folder: PublishedFolder) -> dict[str, Any]:
             "the decoder it was trained on with --language-model DIR"
         )
     config = folder.config if folder.decoder is None else folder.decoder
-    kind = _decoder(folder, config)
+    kind = kind or _decoder(folder, config)
     own = {
         key: value
         for key, value in config.items()

@@ -14,10 +14,19 @@ Box = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of theirs, and the part of ours that it fills."""
+    """One tensor of theirs, and the part of ours that it fills.
+
+    ``cut`` says which part of theirs that is: the i-th of n equal ones along its first axis.
+    """
 
     theirs: str
     box: Box = ()
+    cut: tuple[int, int] = (0, 1)
+
+    def within(self, rows: int) -> Box:
+        """Which part of theirs, that has so many rows, it is."""
+        number, parts = self.cut
+        return () if parts == 1 else (slice(number * rows // parts, (number + 1) * rows // parts),)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,35 @@ class Stack:
         return _compiled(self.ours)
 
 
-Rule = Rename | Stack
+@dataclass(frozen=True)
+class Cut:
+    """One tensor of theirs is several of ours, of one size, which follow one another along its first axis."""
+
+    theirs: str
+    ours: tuple[str, ...]
+
+    def to_ours(self, name: str) -> str | None:
+        """The name of the first of ours, or ``None`` if the rule is about something else."""
+        found = self._theirs.fullmatch(name)
+        return None if found is None else self.ours[0].format(**found.groupdict())
+
+    def pieces(self, name: str, shape: Sequence[int]) -> tuple[Piece, ...] | None:
+        """The part of theirs that is ours, or ``None``."""
+        for number, pattern in enumerate(self._ours):
+            if (found := pattern.fullmatch(name)) is not None:
+                return (Piece(self.theirs.format(**found.groupdict()), cut=(number, len(self.ours))),)
+        return None
+
+    @cached_property
+    def _theirs(self) -> re.Pattern[str]:
+        return _compiled(self.theirs)
+
+    @cached_property
+    def _ours(self) -> list[re.Pattern[str]]:
+        return [_compiled(ours) for ours in self.ours]
+
+
+Rule = Rename | Stack | Cut
 
 
 @dataclass(frozen=True)
@@ -118,7 +155,7 @@ class Names:
     def theirs(self, name: str) -> str | None:
         """Their name of our tensor where one of theirs is the whole of it, else ``None``."""
         pieces = self.pieces(name, (0, 0)) or ()
-        return pieces[0].theirs if len(pieces) == 1 else None
+        return pieces[0].theirs if len(pieces) == 1 and pieces[0].cut == (0, 1) else None
 
     def reason(self, name: str) -> str | None:
         """Why their tensor has no place here, or ``None`` if no rule says so."""

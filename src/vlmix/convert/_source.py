@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlmix.convert._names import Box
-from vlmix.convert._pickles import as_safetensors
-from vlmix.convert._progress import Told, quiet
 from vlmix.core.errors import CheckpointError
+from vlmix.core.pickles import as_safetensors
+from vlmix.core.progress import Told, quiet
 
 _PICKLED = "pytorch_model.bin"
 # OpenCLIP's own names, and what the first stage of LLaVA and its descendants leaves.

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from vlmix.convert._own import KEPT, SCHEMA, own_model
-from vlmix.convert._progress import Told, quiet
 from vlmix.convert._shards import ShardWriter
 from vlmix.convert._source import PublishedFolder
 from vlmix.core.errors import CheckpointError
 from vlmix.core.files import MANIFEST, publish, read_json, sha256, write_json, write_manifest
+from vlmix.core.progress import Told, quiet
 from vlmix.models.configuration import VlmixConfig
 
 _FIRST = {"mlp": "model.projector.layers.0.weight", "linear": "model.projector.linear.weight"}

@@ -9,19 +9,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from vlmix.convert._family import Writing
-from vlmix.convert._names import Names, Piece, Rename, Stack
+from vlmix.convert._names import Cut, Names, Piece, Rename, Rule, Stack
 from vlmix.convert._own import KEPT, own_model
-from vlmix.convert._progress import Told, quiet
+from vlmix.convert._prompt import written_prompts
 from vlmix.convert._shards import ShardWriter
 from vlmix.convert._source import PublishedFolder
 from vlmix.convert.registry import FAMILIES
 from vlmix.convert.run import READING
 from vlmix.core.errors import CheckpointError
 from vlmix.core.files import publish, read_json, write_json
+from vlmix.core.progress import Told, quiet
 from vlmix.models.configuration import VlmixConfig
 
-_GENERATION, _PROCESSOR = "generation_config.json", "processor_config.json"
+_GENERATION = "generation_config.json"
+# By their names: which of our tensors, or which part of one, and bytes.
+_Taken = Mapping[str, tuple[list[tuple[str, Piece]], int]]
 _BESIDE = (
     "tokenizer.json",
     "tokenizer.model",
@@ -52,12 +57,13 @@ def export(source: Path, target: Path, family: str, told: Told = quiet) -> int:
         way = _way(folder, family)
         taken = _taken(ours, way, family)
         aside = _aside(ours, Path(scratch))
-        done, total = 0, sum(size for *_, size in taken)
+        done, total = 0, sum(size for _, size in taken.values())
         with publish(target) as new:
             writer = ShardWriter(new)
-            for name, piece, size in taken:
+            for theirs, (parts, size) in taken.items():
                 writer.make_room(size)
-                writer.add(piece.theirs, ours.tensor(name, piece.box))
+                tensors = [ours.tensor(name, piece.box) for name, piece in parts]
+                writer.add(theirs, tensors[0] if len(tensors) == 1 else torch.cat(tensors))
                 done += size
                 told("writing", done, total)
             for part, name in aside:
@@ -88,7 +94,8 @@ def _way(folder: Path, family: str) -> _Way:
     if kept["family"] == family and kept["whole"]:
         names, elsewhere = (_names(kept[key]) for key in ("renames", "elsewhere"))
         return _Way(Writing(kept["config"], names), elsewhere, kept["tied"], kept["generation_config"])
-    writing = _framed(cls.write(VlmixConfig.from_pretrained(folder)), folder)
+    writing = cls.write(VlmixConfig.from_pretrained(folder))
+    writing = Writing(written_prompts(writing.config, folder), writing.names)
     if kept["family"] != family:
         return _Way(writing)
     # What was read was a part of a model. Now it is whole; its encoders keep the names they had.
@@ -96,18 +103,8 @@ def _way(folder: Path, family: str) -> _Way:
     return _Way(Writing({**writing.config, **said}, writing.names), _names(kept["elsewhere"]), kept["tied"])
 
 
-def _framed(writing: Writing, folder: Path) -> Writing:
-    """With how pictures are made square, which the processor knows, where the family says it at all."""
-    path = folder / _PROCESSOR
-    said: Mapping[str, Any] = read_json(path) if path.is_file() else {}
-    fit = said.get("image_processor", {}).get("fit", "pad")
-    if fit == "pad" or writing.config.get("image_aspect_ratio") != "pad":
-        return writing
-    return Writing({**writing.config, "image_aspect_ratio": "square"}, writing.names)
-
-
-def _taken(ours: PublishedFolder, way: _Way, family: str) -> list[tuple[str, Piece, int]]:
-    """Every tensor of theirs: of which of ours it is which part, and its bytes."""
+def _taken(ours: PublishedFolder, way: _Way, family: str) -> _Taken:
+    """Every tensor of theirs: of which of ours it is which part, or which of ours it holds, and its bytes."""
     taken: list[tuple[str, Piece, int]] = []
     lost: list[str] = []
     for name, stored in ours.tensors.items():
@@ -125,7 +122,21 @@ def _taken(ours: PublishedFolder, way: _Way, family: str) -> list[tuple[str, Pie
             f"{ours.folder}: {len(lost)} tensors have no place in {family}: {sorted(lost)[:8]}"
         )
     tied = [(name, Piece(theirs), ours.tensors[name].size) for theirs, name in way.tied.items()]
-    return taken + tied
+    return _gathered(ours, taken + tied, family)
+
+
+def _gathered(ours: PublishedFolder, taken: Sequence[tuple[str, Piece, int]], family: str) -> _Taken:
+    """The pieces by their names; those of a tensor that holds several of ours in their order."""
+    found: dict[str, list[tuple[str, Piece, int]]] = {}
+    for entry in sorted(taken, key=lambda entry: entry[1].cut):
+        found.setdefault(entry[1].theirs, []).append(entry)
+    cut = [theirs for theirs, parts in found.items() if len(parts) != parts[0][1].cut[1]]
+    if cut:
+        raise CheckpointError(f"{ours.folder}: the model has only a part of what {family} calls {cut[0]}")
+    return {
+        theirs: ([(name, piece) for name, piece, _ in parts], sum(size for *_, size in parts))
+        for theirs, parts in found.items()
+    }
 
 
 def _write_beside(new: Path, folder: Path, way: _Way) -> None:
@@ -140,13 +151,15 @@ def _write_beside(new: Path, folder: Path, way: _Way) -> None:
             write_json(new / _GENERATION, way.generation)
 
 
-def _names(pairs: Sequence[tuple[str | list[str], str]]) -> Names:
-    return Names(
-        [
-            Rename(theirs, ours) if isinstance(theirs, str) else Stack(tuple(theirs), ours)
-            for theirs, ours in pairs
-        ]
-    )
+def _names(pairs: Sequence[tuple[str | list[str], str | list[str]]]) -> Names:
+    return Names([_rule(theirs, ours) for theirs, ours in pairs])
+
+
+def _rule(theirs: str | list[str], ours: str | list[str]) -> Rule:
+    """The rule whose two sides were written down."""
+    if isinstance(ours, str):
+        return Rename(theirs, ours) if isinstance(theirs, str) else Stack(tuple(theirs), ours)
+    return Cut(str(theirs), tuple(ours))
 
 
 def _aside(ours: PublishedFolder, scratch: Path) -> list[tuple[PublishedFolder, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -17,12 +18,13 @@ from vlmix.convert._compose import Beside, opened
 from vlmix.convert._family import Family, Reading
 from vlmix.convert._names import Names
 from vlmix.convert._own import KEPT, SCHEMA, is_own
-from vlmix.convert._progress import Told, quiet
+from vlmix.convert._prompt import longest, published_template
 from vlmix.convert._shards import ShardWriter
 from vlmix.convert._source import PublishedFolder
 from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import CheckpointError, VlmixError
 from vlmix.core.files import publish, write_json, write_manifest
+from vlmix.core.progress import Told, quiet
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.modeling import VlmixForConditionalGeneration
@@ -146,17 +148,17 @@ def _check_towers(folder: PublishedFolder) -> None:
 
 def _write_model(new: Path, found: Account, config: VlmixConfig, told: Told) -> None:
     writer = ShardWriter(new)
-    types = set[str]()
+    widest: torch.dtype | None = None
     done, total = 0, sum(move.size for move in found.moves)
     for move in found.moves:
         writer.make_room(move.size)
         tensor = move.read()
-        types.add(str(tensor.dtype).removeprefix("torch."))
+        widest = torch.promote_types(widest or tensor.dtype, tensor.dtype)
         writer.add(move.ours, tensor)
         done += move.size
         told("writing", done, total)
     writer.close()
-    config.dtype = min(types)
+    config.dtype = widest  # what all are loaded as: no tensor loses bits
     config.architectures = [VlmixForConditionalGeneration.__name__]
     config.save_pretrained(new)
 
@@ -186,7 +188,7 @@ def _write_kept(target: Path, folder: PublishedFolder, found: Account, family: s
         "unused": dict(kept),
         "config": dict(folder.config),
         "generation_config": dict(folder.generation),
-        "renames": _rules(reading.names),
+        "renames": _rules(found.stand_ins + reading.names),
         "tied": {twin.theirs: twin.ours for twin in found.twins},
         "elsewhere": [rule for _, names in reading.towers for rule in _rules(names)],
     }
@@ -217,8 +219,10 @@ def _processor(
     processor = VlmixProcessor(
         images,
         words,
-        chat_template=reading.chat_template,
+        chat_template=published_template(reading.chat_template, folder.config, words),
         image_seq_length=config.image_seq_length,
+        max_length=longest(folder.config),
+        reads_instruction=config.reads_instruction,
     )
     config.image_token_id = processor.image_token_id
     processor.save_pretrained(new)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from vlmix.core.errors import CheckpointError
+from vlmix.core.pickles import as_safetensors
 
 _TEXT_SIDE = (r"(text_model|text_projection|visual_projection)\b", r"logit_(scale|bias)$")
 _POSITION_IDS = (r".*position_ids$",)
@@ -66,18 +68,20 @@ def load_safetensors(
     rename: Callable[[str], str],
     unused: Sequence[str] = (),
 ) -> None:
-    """Load a module from the first of ``files`` that a folder or hub repository has.
+    """Load a module from the first of ``files`` that a folder or hub repository has, or from a file.
 
-    ``rename`` turns a stored name into ours; names that match a pattern in ``unused`` stay behind.
+    ``rename`` turns a stored name into ours; names that match a pattern in ``unused`` stay behind. Any file
+    but safetensors is a pickle, and read as ``vlmix.core.pickles`` says.
 
     Raises:
-        CheckpointError: if a tensor is missing, left over or of another shape.
+        CheckpointError: if a tensor is missing, left over or of another shape, or a pickle holds anything but
+            tensors.
 
     """
     path, ours, explained = _find(source, files), module.state_dict(), _explainer(unused)
-    with _readable(source), safe_open(path, framework="pt") as stored:
-        names = {rename(name): name for name in stored.keys()}  # noqa: SIM118  (not a dictionary)
-        shapes = {ours_name: tuple(stored.get_slice(name).get_shape()) for ours_name, name in names.items()}
+    with _readable(source), _opened(path) as parts:
+        names = {rename(name): (part, name) for part in parts for name in part.keys()}  # noqa: SIM118
+        shapes = {key: tuple(part.get_slice(name).get_shape()) for key, (part, name) in names.items()}
         _refuse(
             source,
             missing=ours.keys() - names.keys(),
@@ -88,7 +92,18 @@ def load_safetensors(
                 if shapes[key] != tuple(ours[key].shape)
             ),
         )
-        module.load_state_dict({key: stored.get_tensor(names[key]) for key in ours})
+        found = {key: names[key] for key in ours}
+        module.load_state_dict({key: part.get_tensor(name) for key, (part, name) in found.items()})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[list[Any]]:
+    """The file's readers: itself, or the parts of its copy if it is a pickle."""
+    with ExitStack() as stack:
+        parts = [path]
+        if path.suffix != ".safetensors":
+            parts = as_safetensors(path, Path(stack.enter_context(TemporaryDirectory())))
+        yield [stack.enter_context(safe_open(part, framework="pt")) for part in parts]
 
 
 def _check_config(tower: PreTrainedModel, source: str, layers: int) -> None:
@@ -159,6 +174,8 @@ def _behind(key: str, blocks: int) -> bool:
 
 def _find(source: str, files: Sequence[str]) -> Path:
     folder = Path(source)
+    if folder.is_file():
+        return folder
     if folder.is_dir():
         for name in files:
             if (folder / name).is_file():

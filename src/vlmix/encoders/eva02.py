@@ -27,6 +27,24 @@ from vlmix.encoders._weights import load_safetensors
 
 _NORM_EPS = 1e-6
 _ROTATED = 4  # channels of a head that share one frequency: two axes, sine and cosine
+_DETECTOR = "eva02_L_coco_det_sys_o365.pth"
+_FILES = (
+    "model.safetensors",
+    f"eva02/det/{_DETECTOR}",
+    _DETECTOR,
+)  # the second as its authors' hub page has it
+
+# What a block's tensors are called in the authors' code, and here as in timm.
+DETECTOR_NAMES = (
+    ("attn.q_bias", "attn.q_proj.bias"),
+    ("attn.v_bias", "attn.v_proj.bias"),
+    ("mlp.w1.", "mlp.fc1_g."),
+    ("mlp.w2.", "mlp.fc1_x."),
+    ("mlp.w3.", "mlp.fc2."),
+    ("mlp.ffn_ln.", "mlp.norm."),
+)
+# The rest of the detector, and rotations, which are computed.
+_UNUSED = (r"backbone\.", r"proposal_generator\.", r"roi_heads\.", r"rope_", r"blocks\.\d+\.attn\.rope\.")
 
 
 class Eva02Settings(VitSettings):
@@ -159,20 +177,17 @@ class Eva02Encoder(VisionEncoder):
         return FeatureMap(x.flatten(1, 2), self.spec.grid)
 
     def load_weights(self, source: str) -> None:
-        """Load a tower in timm's names from a hub id or folder.
+        """Load a tower from a hub id, folder or file: in timm's names, or the detector as it was published.
+
+        The published file is a pickle; ``vlmix.core.pickles`` says how it is read.
 
         Raises:
-            CheckpointError: if a tensor is missing, left over or of another shape.
+            CheckpointError: if a tensor is missing, left over or of another shape, or the pickle is refused.
 
         """
         behind = "|".join(str(layer) for layer in range(self.spec.blocks, self.settings.layers)) or "none"
-        load_safetensors(
-            self.tower,
-            source,
-            files=("model.safetensors",),
-            rename=lambda name: name.replace("patch_embed.proj.", "patch_embed."),
-            unused=(rf"blocks\.({behind})\.",),
-        )
+        unused = (*_UNUSED, rf"blocks\.({behind})\.")
+        load_safetensors(self.tower, source, files=_FILES, rename=_renamed, unused=unused)
 
     def _run(self, index: int, x_JMC: Tensor, rotations: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training:
@@ -188,3 +203,9 @@ class Eva02Encoder(VisionEncoder):
         rows = angles_HD[:, None].expand(side, side, -1)
         angles_ND = torch.cat((rows, rows.transpose(0, 1)), dim=-1).flatten(0, 1)
         return torch.cat((angles_ND.sin(), angles_ND.cos()), dim=-1)
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in (("backbone.net.", ""), ("patch_embed.proj.", "patch_embed."), *DETECTOR_NAMES):
+        name = name.replace(theirs, ours)
+    return name

@@ -11,6 +11,7 @@ from typing import Literal, Self
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from vlmix.core.errors import PlanError
 from vlmix.core.interfaces import VisionEncoder
 from vlmix.core.parts import ENCODERS
 from vlmix.core.tensors import FeatureMap, VisionSpec
@@ -20,7 +21,11 @@ from vlmix.encoders._weights import load_tower
 
 
 class SiglipSettings(VitSettings):
-    """Sizes of the tower; ``final_norm`` applies the published last norm to the chosen layer."""
+    """Sizes of the tower; ``final_norm`` applies the published last norm to the chosen layer.
+
+    ``drop_first_patch`` leaves out the patch in the upper left corner, which MoE-LLaVA's code takes for a
+    class token: 728 tokens of 729, a strip that has no rows.
+    """
 
     kind: Literal["siglip"] = "siglip"  # pyright: ignore[reportIncompatibleVariableOverride]
     image_size: int = 384
@@ -30,6 +35,7 @@ class SiglipSettings(VitSettings):
     heads: int = 16
     mlp: int = 4304
     final_norm: bool = True
+    drop_first_patch: bool = False
     mean: Colour = (0.5, 0.5, 0.5)
     std: Colour = (0.5, 0.5, 0.5)
 
@@ -64,8 +70,20 @@ class SiglipEncoder(VisionEncoder):
 
     @classmethod
     def plan(cls, settings: SiglipSettings) -> VisionSpec:
-        """See ``vit_spec``; 384 pixels in patches of 14 leave a margin that SigLIP itself never reads."""
-        return vit_spec(_whole(settings))
+        """See ``vit_spec``; 384 pixels in patches of 14 leave a margin that SigLIP itself never reads.
+
+        Raises:
+            PlanError: also if a patch is dropped and something needs rows and columns.
+
+        """
+        spec = vit_spec(_whole(settings))
+        if not settings.drop_first_patch:
+            return spec
+        if settings.resample is not None or settings.sees == "picture":
+            raise PlanError(
+                "siglip: `drop_first_patch` leaves a strip without rows: leave out `resample` and `sees`"
+            )
+        return VisionSpec((1, spec.tokens - 1), spec.channels, blocks=spec.blocks)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Patches with positions: (I, N, C)."""
@@ -73,15 +91,16 @@ class SiglipEncoder(VisionEncoder):
         x_I3SS = encoder_input(pixel_values, self.settings, parts.patch_embedding.weight.dtype)
         x_INC = FeatureMap.from_nchw(parts.patch_embedding(x_I3SS)).tokens
         table_NC = parts.position_embedding.weight
-        return x_INC + resampled_table(table_NC, table_side(self.settings), self.spec.grid)
+        grid = vit_spec(_whole(self.settings)).grid
+        return x_INC + resampled_table(table_NC, table_side(self.settings), grid)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """Transformer block ``index``."""
         return self.tower.encoder.layers[index](x, None)
 
     def finish(self, x: Tensor) -> FeatureMap:
-        """Every token, normed where the settings say so."""
-        return FeatureMap(self.tower.post_layernorm(x), self.spec.grid)
+        """Every token, or all but the first, normed where the settings say so."""
+        return FeatureMap(self.tower.post_layernorm(x)[:, -self.spec.tokens :], self.spec.grid)
 
     def load_weights(self, source: str) -> None:
         """Load a SigLIP model or its vision tower from a hub id or folder.

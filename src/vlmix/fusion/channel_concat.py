@@ -59,12 +59,21 @@ class ChannelConcat(LateFusion):
         """The grid with the channels of all encoders.
 
         Raises:
-            PlanError: if there is no encoder.
+            PlanError: if there is no encoder, or tokens without a rectangle would be interpolated.
 
         """
         if not specs:
             raise PlanError("channel_concat: there is no encoder; name at least one")
-        return VisionSpec(settings.grid or specs[0].grid, sum(spec.channels for spec in specs))
+        grid = settings.grid or specs[0].grid
+        alike = {grid, *(spec.grid for spec in specs)} == {grid}
+        for i, spec in enumerate(() if alike else specs):
+            if spec.grid[0] == 1 < spec.tokens:
+                raise PlanError(
+                    f"channel_concat: encoder {i} gives a strip of {spec.tokens} tokens, which has no rows "
+                    "to bring to another grid. Leave out what makes it one, such as `class_token: keep`, or "
+                    "take the fusion sequence_append"
+                )
+        return VisionSpec(grid, sum(spec.channels for spec in specs))
 
     @classmethod
     def warnings(cls, settings: ChannelConcatSettings, specs: Sequence[VisionSpec]) -> list[str]:

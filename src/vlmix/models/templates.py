@@ -1,7 +1,8 @@
 """The chat templates that come with vlmix: ordinary Hugging Face jinja files, one for each family.
 
-``vicuna``, ``plain``, ``chatml``, ``gemma``, ``mistral``, ``llama3`` and ``phi`` are the corrected defaults;
-``llama3_mgm`` and ``mistral_mgm`` keep what the authors of Mini-Gemini did, for their published weights.
+``vicuna``, ``plain``, ``chatml``, ``gemma``, ``mistral``, ``llama3``, ``phi`` and ``openchat`` are the
+corrected defaults; ``llama3_mgm`` and ``mistral_mgm`` keep what the authors of Mini-Gemini did, for their
+published weights.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from vlmix.convert._towers import (
 from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import CheckpointError
 from vlmix.encoders._pixels import CLIP_MEAN, CLIP_STD
+from vlmix.encoders.eva02 import DETECTOR_NAMES
 from vlmix.models.configuration import VlmixConfig
 
 _TOWERS = re.compile(r"model\.vision_tower\.vision_towers\.(\d+)\.vision_tower\.")
@@ -63,14 +64,6 @@ _SETTLED: dict[str, dict[str, Any]] = {
     "pix2struct": {},
 }
 _FUSION = {"norm": False, "resampling": "bilinear_corners"}
-_EVA_NAMES = (
-    ("attn.q_bias", "attn.q_proj.bias"),
-    ("attn.v_bias", "attn.v_proj.bias"),
-    ("mlp.w1.{rest}", "mlp.fc1_g.{rest}"),
-    ("mlp.w2.{rest}", "mlp.fc1_x.{rest}"),
-    ("mlp.w3.{rest}", "mlp.fc2.{rest}"),
-    ("mlp.ffn_ln.{rest}", "mlp.norm.{rest}"),
-)
 
 
 @FAMILIES.register("eagle")
@@ -287,8 +280,11 @@ def _written(kind: str, prefix: str, ours: str) -> Names:
     whole = Rename(f"{prefix}{{rest}}", f"{ours}{{rest}}")
     if kind != "eva02":
         return Names((whole,))
-    inside = [
-        Rename(f"{prefix}blocks.{{n}}.{theirs}", f"{ours}blocks.{{n}}.{mine}") for theirs, mine in _EVA_NAMES
-    ]
+    inside = [_block_rule(prefix, ours, *pair) for pair in DETECTOR_NAMES]
     patches = Rename(f"{prefix}patch_embed.proj.{{rest}}", f"{ours}patch_embed.{{rest}}")
     return Names((*inside, patches, whole))
+
+
+def _block_rule(prefix: str, ours: str, name: str, our_name: str) -> Rename:
+    rest = "{rest}" if name.endswith(".") else ""
+    return Rename(f"{prefix}blocks.{{n}}.{name}{rest}", f"{ours}blocks.{{n}}.{our_name}{rest}")

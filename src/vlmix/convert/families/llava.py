@@ -46,6 +46,7 @@ _OTHERS = (
     "model.vision_tower.slow_",
     "model.vision_tower.align_stages",
     "model.vision_tower.vision_towers.",
+    "model.mm_projector.image_spatial_proj.",
 )
 _KIN = ("llava", "eagle")  # Eagle's class with a single tower of OpenAI's is LLaVA's
 

@@ -1,4 +1,4 @@
-"""Telling whoever watches how far a conversion is."""
+"""Telling whoever watches how far a long copy is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``.bin`` files: tensors only, read by a child process that may do nothing else, then copied to safetensors.
+"""Pickled weights: tensors only, read by a child process that may do nothing else, copied to safetensors.
 
 A pickle can run code. torch's restricted reader refuses everything but tensors; the child process is the
 second wall, so that even a fault in that reader does not happen where the user's work is. The file is
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
-from vlmix.convert._progress import Told, quiet
 from vlmix.core.errors import CheckpointError
+from vlmix.core.progress import Told, quiet
 
 PART_BYTES = 256 << 20
 _LOOK_EVERY_SECONDS = 0.5
@@ -25,7 +25,8 @@ import sys, zipfile, torch
 from safetensors.torch import save_file
 source, target, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
 found = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-found = found.get("state_dict", found)
+for key in ("state_dict", "model"):
+    found = found[key] if isinstance(found.get(key), dict) else found
 wrong = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
 if wrong:
     raise SystemExit(f"holds something else than tensors: {wrong[:3]}")
@@ -57,7 +58,8 @@ def as_safetensors(path: Path, scratch: Path, told: Told = quiet) -> list[Path]:
     if child.returncode:
         lines = said.strip().splitlines() or ["no message"]
         why = next((line.strip() for line in lines if _FORBIDDEN in line.lower()), lines[-1])
-        raise CheckpointError(f"{path}: refused; only plain tensors are read from a .bin file: {why[:300]}")
+        what = f"only plain tensors are read from a {path.suffix} file"
+        raise CheckpointError(f"{path}: refused; {what}: {why[:300]}")
     told(what, size, size)
     return _copies(scratch, copy)
 
