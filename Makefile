@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help setup demo test check lint types layers format bench-mining bench-fusion bench-llava bench-nlvr clean
+.PHONY: help setup demo test check lint types layers format bench-mining bench-fusion bench-llava bench-moe bench-moe-claims bench-nlvr bench-mome clean
 
 help: ## What there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,15 @@ bench-fusion: .venv/.ready ## Every fusion beside the others: tokens, parameters
 
 bench-llava: .venv/.ready ## LLaVA-1.5 here beside transformers' own model: time, memory, equal logits
 	$(BIN)/python benchmarks/llava_peer.py --out runs/bench-llava/llava_peer.json
+
+bench-moe: .venv/.ready ## Experts beside transformers' eager loop and a dense network: time, memory
+	$(BIN)/python benchmarks/moe_speed.py --out runs/bench-moe/moe_speed.json
+
+bench-moe-claims: .venv/.ready ## Experts beside a dense model trained the same way (an hour)
+	$(BIN)/python benchmarks/moe_claims.py --out runs/bench-moe-claims
+
+bench-mome: .venv/.ready ## Encoders weighed by what is asked against added, and how a router of adapters learns
+	$(BIN)/python benchmarks/mome_claims.py --out runs/bench-mome/mome_claims.json
 
 bench-nlvr: .venv/.ready ## Human sentences: needs the NLVR data, see docs/systems/nlvr.md (up to an hour)
 	$(BIN)/vlmix train recipes/nlvr.yaml --out runs/nlvr

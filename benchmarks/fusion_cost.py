@@ -50,6 +50,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {},
         "4 x 4 cells a query, as Cambrian's ConvNeXt",
     ),
+    "mixture_of_vision_experts": (
+        "mixture_of_vision_experts",
+        LAST,
+        {"weights": "add", "width": 1024, "grid": (24, 24)},
+        "six deformable layers for each map",
+    ),
+    "mixture_of_vision_experts, average": (
+        "mixture_of_vision_experts",
+        LAST,
+        {"weights": "add", "width": 1024, "grid": (24, 24), "align": "average"},
+        "a Linear for each map",
+    ),
     "attention_pool": ("attention_pool", ALONE, {}, "a quarter of the tokens"),
 }
 

@@ -2,7 +2,8 @@
 
 transformers has no plugin mechanism, and registering at import would cost seconds and torch. So a finder
 waits for transformers' own Auto modules and imports ours, which register themselves at their end, right
-after each one is executed; where they are already there, at once.
+after each one is executed; where they are already there, at once. ``modeling_layers``, which every model
+imports first, imports an Auto module before it defines what models need: then ours wait for its end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _AUTO = "transformers.models.auto."
+_LAYERS = "transformers.modeling_layers"
 _OURS = {
+    _LAYERS: "vlmix.models.modeling",
     _AUTO + "configuration_auto": "vlmix.models.configuration",
     _AUTO + "modeling_auto": "vlmix.models.modeling",
     _AUTO + "processing_auto": "vlmix.models.processing",
@@ -29,7 +32,7 @@ _OURS = {
 def install() -> None:
     """Register now with what transformers has loaded, and later with what it has not."""
     for theirs, ours in _OURS.items():
-        if theirs in sys.modules:
+        if theirs in sys.modules and not _running(_LAYERS):
             importlib.import_module(ours)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -64,4 +67,11 @@ class _ThenImport(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(self.ours)
+        if module.__name__ == _LAYERS or not _running(_LAYERS):
+            importlib.import_module(self.ours)
+
+
+def _running(name: str) -> bool:
+    """Whether a module is half imported: it is there, and its last line has not run."""
+    module = sys.modules.get(name)
+    return module is not None and not hasattr(module, "GradientCheckpointingLayer")

@@ -16,7 +16,7 @@ from tests.tiny import switch_checkpointing_on
 from vlmix.core.errors import ImageError, PlanError, RecipeError
 from vlmix.core.interfaces import Part
 from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS, read_part
-from vlmix.core.tensors import FeatureMap, VisionSpec
+from vlmix.core.tensors import FeatureMap, TextContext, VisionSpec
 
 REGISTRIES = (ENCODERS, FUSIONS, PROJECTORS)
 PARTS = [(registry, name) for registry in REGISTRIES for name in registry.names()]
@@ -74,8 +74,12 @@ def specs_of(names):
 
 
 def fusion_case(cls, settings, names):
+    width = cls.instruction_width(settings)
+    asked = torch.randn(2, 1, width or 1, generator=torch.Generator().manual_seed(4))
+    context = None if width is None else TextContext(asked, torch.ones(2, 1, dtype=torch.bool))
+
     def run(part, dtype):
-        return part([encoder(name, dtype) for name in names], pictures(dtype))
+        return part([encoder(name, dtype) for name in names], pictures(dtype), context)
 
     specs = specs_of(names)
     return cls.plan(settings, specs), lambda: cls(settings, specs), run

@@ -116,14 +116,16 @@ def test_every_encoder_shrinks_from_its_published_size(name):
 
 @pytest.mark.parametrize(
     ("pattern", "tokens", "channels"),
-    [("llava/", 576, 1024), ("mini_gemini/", 576, 1024), ("_hd", 2880, 1024), ("eagle/", 1024, None),
+    [("/llava/", 576, 1024), ("mini_gemini/", 576, 1024), ("_hd", 2880, 1024), ("eagle/", 1024, None),
      ("llava_hr/*1024", 1024, 1024), ("llava_hr/*384", 576, 1024), ("x2_", 1024, 4096), ("x4_", 1024, 6656),
-     ("x5_", 1024, 7680)],
+     ("x5_", 1024, 7680), ("moe_llava/*as_released", 576, 1024), ("moe_llava/*384", 728, 1152)],
 )  # fmt: skip
 def test_visual_tokens_and_channels_are_the_published_ones(pattern, tokens, channels):
     words = pattern.split("*")
     names = [
-        n for n in shipped_recipes() if all(w in n for w in words) and ("_hd" in n) == (pattern == "_hd")
+        n
+        for n in shipped_recipes()
+        if all(w in f"/{n}" for w in words) and ("_hd" in n) == (pattern == "_hd")
     ]
     assert names
     for name in names:
@@ -144,6 +146,9 @@ def test_visual_tokens_and_channels_are_the_published_ones(pattern, tokens, chan
         ("mini_gemini/34b", {"projector": 58.73, "language_model": 34_389}),
         ("eagle/x4_7b", {"projector": 44.05}),
         ("eagle/x5_7b", {"projector": 48.24, "encoders": 2271}),
+        ("moe_llava/stablelm_1_6b_paper", {"projector": 6.30, "language_model": 2890}),
+        ("moe_llava/ablations/dense", {"language_model": 1837}),
+        ("moe_llava/openchat_7b_paper", {"projector": 20.98, "language_model": 15_697}),
         ("llava_hr/7b_1024", {"fusion.adapters.0": 6.09}),
         ("llava_hr/x_13b_1024", {"fusion.adapters.0": 14.74}),
     ],
@@ -163,6 +168,8 @@ def test_parameters_are_the_published_ones(name, millions):
         ("eagle/x5_7b", [558_128, 1_800_000], [2181, 14_063]),
         ("fusions/deformable", [558_128, 933_298], [2181, 7292]),
         ("llava_hr/7b_384", [558_128], [2181]),
+        ("moe_llava/phi2_2_7b_paper", [558_128, 1_004_700, 665_300], [2181, 7850, 5198]),
+        ("moe_llava/ablations/one_stage", [558_128, 1_629_300], [2181, 12_729]),
     ],
 )
 def test_rows_and_steps_are_the_published_ones(name, rows, steps):
@@ -170,6 +177,21 @@ def test_rows_and_steps_are_the_published_ones(name, rows, steps):
     sizes = [planned_sizes(stage)[0] for stage in recipe.stages]
     assert [sum(each) for each in sizes] == rows
     assert [stage_order(recipe, index, each).steps for index, each in enumerate(sizes)] == steps
+
+
+def test_a_stage_costs_what_it_has_experts_for():
+    name = "moe_llava/qwen_1_8b_paper"
+    costs = stage_costs(load_recipe(name), config_of(name), images=1, text_tokens=8)
+    dense, sparse = costs[1].weight_bytes, costs[2].weight_bytes
+    assert sparse - dense == 4 * 12 * (3 * 3 * 2048 * 5504 + 4 * 2048)  # three more networks, and a router
+    assert costs[2].trainable == 12 * (4 * 3 * 2048 * 5504 + 4 * 2048)
+
+
+def test_experts_in_listed_layers_shrink_with_the_decoder(data):
+    listed = "stages.2.before.0.experts={layers: [0, 5, 23], count: [2, 4, 8], router: {kind: topk, k: 1}}"
+    small = shrunk(load_recipe("moe_llava/qwen_1_8b_paper", [listed]), data)
+    experts = small.stages[2].before[0]["experts"]
+    assert (experts["layers"], experts["count"]) == ([0, 1], [4, 8])
 
 
 def test_a_fusion_that_goes_on_inside_the_decoder_shrinks_with_it(data, tmp_path):

@@ -89,7 +89,8 @@ def test_every_fusion_gives_what_is_planned(kind, sees):
         planned += 1
         network, images = built(settings), VlmixImageProcessor.of(settings)
         opened = images.open([picture(size) for size in SIZES])
-        tokens = network.get_image_features(**opened.named()).pooler_output
+        asked = torch.ones(1, 1, dtype=torch.int64)
+        tokens = network.get_image_features(**opened.named(), instruction_ids=asked).pooler_output
         expected = [images.tokens(size) if plan.varies else plan.tokens for size in SIZES]
         assert [each.shape for each in tokens] == [(count, settings.width) for count in expected]
         assert max(expected) <= plan.tokens

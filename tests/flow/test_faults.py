@@ -26,8 +26,8 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path, monkeypat
     seen = []
     real = stages.StageLoop._backward
 
-    def poisoned(self, batch, supervised_tokens):
-        loss = real(self, batch, supervised_tokens)
+    def poisoned(self, *given):
+        loss, part = real(self, *given)
         parameters = self.selection.parameters
         if len(seen) == 1:
             before.update({name: p.detach().clone() for name, p in parameters.items()})
@@ -35,13 +35,13 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path, monkeypat
                 with torch.no_grad():
                     parameters["projector.linear.weight"].view(-1)[0] = torch.inf
                 before["projector.linear.weight"].view(-1)[0] = torch.inf
-                loss = real(self, batch, supervised_tokens)
+                loss, part = real(self, *given)
             elif where == "gradient":
                 parameters["projector.linear.bias"].grad.view(-1)[0] = torch.nan
             else:
                 loss = loss * torch.nan
         seen.append(parameters)
-        return loss
+        return loss, part
 
     before = {}
     monkeypatch.setattr(stages.StageLoop, "_backward", poisoned)

@@ -64,3 +64,17 @@ def test_depthwise_convolutions_and_grouped_experts_are_counted_for_what_they_do
         flops.append(plan_model(settings, text_tokens=5).parts[-1].flops)
     layers, tokens, expert, router = 2, 16 + 5, 3 * 32 * 48, 32 * 4
     assert flops[1] - flops[0] == 2 * layers * tokens * (expert + router)
+
+
+def test_experts_are_counted_in_all_and_as_one_token_meets_them():
+    dense = config("stablelm")
+    sparse = config("stablelm")
+    sparse.experts = [{"layers": [0], "count": 3, "router": {"kind": "topk", "k": 1}}]
+    before, after = plan_model(dense), plan_model(sparse)
+    assert before.active == before.parameters
+    assert before.mixtures == ()
+    assert after.parameters > after.active
+    router = after.active - before.active
+    assert router == 3 * dense.width
+    (mixture,) = after.mixtures
+    assert (mixture.place, mixture.experts, mixture.chosen) == ("language_model", (3,), 1)

@@ -14,7 +14,7 @@ from rich.table import Table
 from vlmix.cli.console import out, show_warnings
 
 if TYPE_CHECKING:
-    from vlmix.models.plan import ModelCost
+    from vlmix.models.plan import MixtureCost, ModelCost
     from vlmix.train.costs import StageCost
 
 _ABREAST = 3  # stages in one table
@@ -91,7 +91,8 @@ def _show_model(name: str, cost: ModelCost) -> None:
         "visual tokens per picture": f"{most}{cost.vision.tokens}",
         "prompt": f"{cost.prompt_tokens} tokens: {cost.images} x {cost.vision.tokens} visual "
         f"and {cost.text_tokens} of text",
-        "parameters active": f"{quantity(cost.parameters)} of {quantity(cost.parameters)}",
+        "parameters active": f"{quantity(cost.active)} of {quantity(cost.parameters)}",
+        **{f"experts, {mixture.place}": _mixture(mixture) for mixture in cost.mixtures},
         "reading the prompt": f"{quantity(cost.prefill_flops)}FLOP",
         "each answer token": f"{quantity(cost.decode_flops)}FLOP",
         "weights": f"{memory(cost.weight_bytes)} at {cost.bytes_per_number} bytes a number",
@@ -102,6 +103,11 @@ def _show_model(name: str, cost: ModelCost) -> None:
     for label, value in rows.items():
         facts.add_row(label, value)
     out().print(facts)
+
+
+def _mixture(mixture: MixtureCost) -> str:
+    counts = " or ".join(map(str, sorted({*mixture.experts})))
+    return f"{len(mixture.experts)} layers of {counts}, {mixture.chosen} for each token"
 
 
 def _show_stages(stages: list[StageCost]) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from vlmix.cli.console import out
 from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import UnknownNameError
-from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES, VIEWS
+from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, ROUTERS, SOURCES, VIEWS
 from vlmix.train.recipe_file import find_recipe, shipped_recipes
 
 _REGISTRIES = {
@@ -18,6 +18,7 @@ _REGISTRIES = {
     "views": VIEWS,
     "fusion": FUSIONS,
     "projectors": PROJECTORS,
+    "routers": ROUTERS,
     "sources": SOURCES,
     "benchmarks": BENCHMARKS,
     "families": FAMILIES,
@@ -27,7 +28,8 @@ _REGISTRIES = {
 def list_parts(
     what: str = typer.Argument(
         "",
-        help="encoders, views, fusion, projectors, sources, benchmarks, families, recipes; all if left out.",
+        help="encoders, views, fusion, projectors, routers, sources, benchmarks, families, recipes; "
+        "all if left out.",
     ),
 ) -> None:
     """List the parts, data sources, benchmarks and recipes that vlmix ships or finds in plugins.

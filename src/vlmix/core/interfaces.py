@@ -8,8 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from vlmix.core.errors import CheckpointError
 from vlmix.core.initial import fan_in
 from vlmix.core.sample import Answer, Sample, Score
 from vlmix.core.settings import PartSettings
-from vlmix.core.tensors import FeatureMap, TextContext, VisionSpec
+from vlmix.core.tensors import FeatureMap, Routing, TextContext, VisionSpec
 
 
 class Part(nn.Module, ABC):
@@ -141,7 +142,15 @@ class Fusion(Part):
         pixel_values: Float[Tensor, "i 3 s s"],
         context: TextContext | None = None,
     ) -> FeatureMap:
-        """Run the encoders on the canonical images and fuse what they see."""
+        """Run the encoders on the canonical images and fuse what they see.
+
+        ``context`` has one token a row: what the user asked, for every image.
+        """
+
+    @classmethod
+    def instruction_width(cls, settings: Any) -> int | None:
+        """Width of the instruction that ``forward`` reads in its context, if it reads one."""
+        return None
 
     @classmethod
     def inside_decoder(cls, settings: Any) -> tuple[tuple[int, ...], int] | None:
@@ -196,6 +205,43 @@ class Projector(Part):
     @abstractmethod
     def forward(self, features: FeatureMap) -> FeatureMap:
         """Map every token to the language model's width."""
+
+
+class Router(Part):
+    """Decides which experts see what. Built from its settings, the width of what it reads and their number.
+
+    One that is not ``causal`` looks at other tokens to decide about one, so it has no place in a decoder. One
+    that ``reads`` the instruction decides once for each row of the batch. One that is not ``rowwise`` lets
+    rows of the batch compete. One that ``mixes`` gives experts mixtures of tokens to read.
+    """
+
+    causal: ClassVar[bool] = True
+    reads: ClassVar[Literal["tokens", "instruction"]] = "tokens"
+    rowwise: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, settings: Any, experts: int) -> None:
+        """Refuse settings that do not fit this number of experts.
+
+        Raises:
+            PlanError: with the setting and the number.
+
+        """
+
+    @classmethod
+    def met(cls, settings: Any, experts: int) -> int:
+        """How many of the experts one token meets, on average."""
+        return settings.k
+
+    @abstractmethod
+    def forward(self, x_BTD: Float[Tensor, "b t d"]) -> Routing:
+        """Decide for every token; the scores are computed in float32 whatever the tokens are."""
+
+    @torch.no_grad()
+    def rebalance(self, load_E: Float[Tensor, " e"], rate: float) -> None:
+        """After an optimizer step whose tokens chose experts ``load_E`` times: for routers with a bias."""
 
 
 class Source(ABC):

@@ -11,13 +11,14 @@ from vlmix.core.settings import PartSettings, read_settings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vlmix.core.interfaces import Benchmark, Fusion, Projector, Source, VisionEncoder
+    from vlmix.core.interfaces import Benchmark, Fusion, Projector, Router, Source, VisionEncoder
     from vlmix.core.views import Views
 
 ENCODERS: Registry[VisionEncoder] = Registry("vlmix.encoders", "encoder")
 VIEWS: Registry[Views] = Registry("vlmix.views", "views")
 FUSIONS: Registry[Fusion] = Registry("vlmix.fusion", "fusion")
 PROJECTORS: Registry[Projector] = Registry("vlmix.projectors", "projector")
+ROUTERS: Registry[Router] = Registry("vlmix.moe.routers", "router")
 SOURCES: Registry[Source] = Registry("vlmix.data.sources", "data source")
 BENCHMARKS: Registry[Benchmark] = Registry("vlmix.evals.benchmarks", "benchmark")
 

@@ -1,7 +1,8 @@
 """Feature maps that remember their grid, and what a part promises before any weight exists.
 
 Shape letters used in the whole project: B rows of a batch, I images, N visual tokens, T text tokens,
-C channels, D model width, H W grid rows and columns, S image side, M keys of one window.
+C channels, D model width, H W grid rows and columns, S image side, M keys of one window, E experts,
+K experts chosen for one token, R rows that experts work on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlmix.core.errors import PlanError
@@ -124,21 +125,49 @@ class FeatureMap:
 
 @dataclass(frozen=True, slots=True)
 class TextContext:
-    """The instruction's embeddings, for fusions that look at it."""
+    """The instruction, one row for each image, for fusions that look at it: one token, the mean of all."""
 
     embeddings: Float[Tensor, "b t d"]
     mask: Bool[Tensor, "b t"]
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
-    """One router's decision for one layer: which experts, how much, and the logits behind it."""
+class Mixing:
+    """Slots that are mixtures of a batch row's tokens: what goes into each, and what comes back out of it.
 
-    layer: int
+    No slot mixes rows of the batch; the experts' rows are the slots of all of them, one row after the other.
+    """
+
+    dispatch: Float[Tensor, "b s t"]
+    combine: Float[Tensor, "b t s"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """One router's decision for one layer and batch: which experts, how much, and the scores behind it.
+
+    The experts work on R rows. Usually row r is token r; else ``rows`` names the token each of them reads and
+    adds to, or ``mixing`` makes them slots. ``indices`` holds each row's experts in order of choice,
+    ``weights`` their shares; ``kept`` is false of choices that were dropped, whose weight is 0. ``shape`` is
+    (rows of the batch, decisions in each): one decision a token, or one a row with ``scope: instance``.
+    ``probabilities`` are what balance losses average. ``norms`` say how large what each choice adds is.
+    """
+
+    shape: tuple[int, int]
     logits: Float[Tensor, "t e"]
-    indices: Tensor
-    weights: Float[Tensor, "t k"]
-    mask: Bool[Tensor, " t"] | None = None
+    probabilities: Float[Tensor, "t e"]
+    indices: Int[Tensor, "r k"]
+    weights: Float[Tensor, "r k"]
+    kept: Bool[Tensor, "r k"] | None = None
+    rows: Int[Tensor, " r"] | None = None
+    mixing: Mixing | None = None
+    norms: Float[Tensor, "r k"] | None = None
+    layer: str = ""
+
+    @property
+    def experts(self) -> int:
+        """Number of experts to choose from."""
+        return self.logits.shape[-1]
 
 
 def whole_ratio(larger: Grid, smaller: Grid, what: str) -> Grid:

@@ -20,6 +20,7 @@ class Encoded:
     """One conversation as tokens: labels are -100 where nothing is learnt; pictures are not opened yet.
 
     ``images`` are those whose placeholders are in ``input_ids``; ``dropped_turns`` did not fit.
+    ``instruction_ids`` are what the user said, where the model reads that.
     """
 
     input_ids: list[int]
@@ -27,6 +28,7 @@ class Encoded:
     images: tuple[ImageRef, ...] = ()
     dropped_turns: int = 0
     sample_id: str = ""
+    instruction_ids: list[int] | None = None
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, side: Side) -> Int64[Tensor, "b t"]:
@@ -43,6 +45,24 @@ def pad_ids(coded: Sequence[Sequence[int]], pad_id: int, side: Side) -> dict[str
     """``input_ids`` and ``attention_mask`` (B, T); the mask is 0 on padding."""
     ones = [[1] * len(ids) for ids in coded]
     return {"input_ids": pad_rows(coded, pad_id, side), "attention_mask": pad_rows(ones, 0, side)}
+
+
+def pad_instructions(rows: Sequence[Sequence[int] | None], pad_id: int, side: Side) -> dict[str, Tensor]:
+    """``instruction_ids`` and ``instruction_mask`` (B, U), or nothing where the model reads none."""
+    told = [row for row in rows if row is not None]
+    if not told:
+        return {}
+    found = pad_ids(told, pad_id, side)
+    return {"instruction_ids": found["input_ids"], "instruction_mask": found["attention_mask"]}
+
+
+def unpadded(coded: Sequence[list[int]], told: Sequence[list[int]]) -> dict[str, list[list[int]]]:
+    """The same names with rows of their own lengths."""
+    batch = {"input_ids": list(coded), "attention_mask": [[1] * len(ids) for ids in coded]}
+    if not told:
+        return batch
+    masks = [[1] * len(ids) for ids in told]
+    return {**batch, "instruction_ids": list(told), "instruction_mask": masks}
 
 
 @dataclass(frozen=True, slots=True)

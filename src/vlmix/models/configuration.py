@@ -9,7 +9,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vlmix.core.adapters import AdapterSettings
 from vlmix.core.errors import PlanError, UnknownNameError
-from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS, VIEWS, read_part
+from vlmix.core.experts import ExpertSettings
+from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS, ROUTERS, VIEWS, read_part
 from vlmix.core.resampling import EncoderSettings
 from vlmix.core.settings import PartSettings, read_settings
 from vlmix.core.tensors import VisionSpec
@@ -43,13 +44,16 @@ class VlmixConfig(PreTrainedConfig):
     ``encoders``, ``views``, ``fusion`` and ``projector`` hold each part's settings with its ``kind``;
     ``text_config`` is the decoder's own configuration, or a dictionary with its ``model_type``;
     ``image_size`` is the side of the canonical square picture, or of a tile where ``views`` cut pictures
-    into tiles; every encoder makes its own from it.
+    into tiles; every encoder makes its own from it. ``experts`` are mixtures that replace feed-forward
+    networks, in the order in which they are put in.
     """
 
     model_type = "vlmix"
     # A plain attribute works from transformers 5.17 on; later versions derive it from a newer one.
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  # pyright: ignore
     has_no_defaults_at_init = False
+    # Decoders bring their own; the default names layers that this model does not have.
+    base_model_fsdp_plan = {}  # noqa: RUF012  # pyright: ignore
 
     text_config: dict | PreTrainedConfig | None = None
     encoders: list[dict[str, Any]] | None = None
@@ -59,6 +63,7 @@ class VlmixConfig(PreTrainedConfig):
     image_size: int = 336
     image_token_id: int = 32000
     adapters: list[dict[str, Any]] | None = None
+    experts: list[dict[str, Any]] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -113,6 +118,19 @@ class VlmixConfig(PreTrainedConfig):
             read_settings(AdapterSettings, raw, f"adapters.{i}") for i, raw in enumerate(self.adapters or [])
         ]
 
+    def expert_settings(self) -> list[ExpertSettings]:
+        """The settings of every mixture of experts, validated."""
+        return [
+            read_settings(ExpertSettings, raw, f"experts.{i}") for i, raw in enumerate(self.experts or [])
+        ]
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether fusion or experts decide by what the user asked; the processor must then tell them."""
+        fusion = self.fusion_settings()
+        reads = FUSIONS.get(fusion.kind).instruction_width(fusion) is not None
+        return reads or any(reads_instruction(settings) for settings in self.expert_settings())
+
     def plan(self) -> VisionPlan:
         """What every vision part will give for one image; makes no weight.
 
@@ -135,6 +153,7 @@ class VlmixConfig(PreTrainedConfig):
         projected = PROJECTORS.get(projector.kind).plan(projector, fused, self.width)
         tiling = cut.plan(views, projected)
         self._check_picture(encoders, views)
+        self._check_instruction(fusion)
         return VisionPlan(
             encoders=specs,
             offered=offered,
@@ -172,10 +191,29 @@ class VlmixConfig(PreTrainedConfig):
                 f"(`{views.kind}` has none where its view is the whole picture: leave out `sees`)"
             )
 
+    def _check_instruction(self, fusion: PartSettings) -> None:
+        """The instruction is as wide as the decoder's embeddings, and has one row for each conversation."""
+        width = FUSIONS.get(fusion.kind).instruction_width(fusion)
+        if width not in (None, self.width):
+            raise PlanError(
+                f"{fusion.kind}: made for instructions {width} wide, but the decoder is {self.width} wide"
+            )
+        for settings in self.expert_settings():
+            if settings.place != "language_model" and reads_instruction(settings):
+                raise PlanError(
+                    f"experts: in {settings.place} rows are pictures, not conversations, so a router cannot "
+                    "read the instruction there. Take one that reads tokens"
+                )
+
     @property
     def image_seq_length(self) -> int:
         """Visual tokens of a picture, or the most there can be where that varies with its shape."""
         return self.plan().tokens
+
+
+def reads_instruction(settings: ExpertSettings) -> bool:
+    """Whether the mixture's router decides by what the user asked."""
+    return ROUTERS.get(settings.router["kind"]).reads == "instruction"
 
 
 AutoConfig.register("vlmix", VlmixConfig, exist_ok=True)

@@ -4,13 +4,13 @@ Annotations here are evaluated, not postponed: transformers reads the config cla
 Shape letters: see ``vlmix.core.tensors``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -24,25 +24,37 @@ from transformers.utils.generic import ModelOutput
 from vlmix.core.errors import ImageCountError
 from vlmix.core.interfaces import Fusion, Part, Projector, VisionEncoder
 from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS
+from vlmix.core.tape import recording
+from vlmix.core.tensors import Routing, TextContext
 from vlmix.core.views import Tiling, Views
 from vlmix.models.adapters import install_adapters
 from vlmix.models.configuration import VlmixConfig
+from vlmix.models.instruction import asked, keeping_instruction, picture_context, row_context
+from vlmix.models.losses import next_token_loss, supervised_positions, supervised_share
+from vlmix.models.mixtures import auxiliary_loss, install_mixtures
 from vlmix.models.revisit import REVISIT, Revisit, revisit_layers
 from vlmix.models.viewing import Sight, Viewing, pictures_of_rows
+from vlmix.moe.balance import Positions, RoutingCounts
+from vlmix.moe.parallel import plan_experts
 
-IGNORED = -100
+_KEPT = ("logits", "past_key_values", "hidden_states", "attentions")
 _PICTURES = ("pixel_values", "image_tilings", "picture_values")
 
 
 @dataclass
 class VlmixOutput(ModelOutput):
-    """``loss`` over supervised tokens and ``logits`` (B, kept positions, vocabulary) of a forward pass."""
+    """``loss`` over supervised tokens and ``logits`` (B, kept positions, vocabulary) of a forward pass.
+
+    ``aux_loss`` is the part of ``loss`` that balances experts; ``routing`` is what each expert layer decided.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    routing: tuple[Routing, ...] | None = None
 
 
 class VlmixPreTrainedModel(PreTrainedModel):
@@ -57,6 +69,13 @@ class VlmixPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Moved by steps that a 16-bit number cannot take.
+    _keep_in_fp32_modules_strict = ["choice_bias"]  # noqa: RUF012
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Expert layers ask this model's configuration; transformers looks for a decorator of its own."""
+        return True
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """Save with the names the modules have.
@@ -65,6 +84,12 @@ class VlmixPreTrainedModel(PreTrainedModel):
         models of the decoder's kind, so that loading and saving changes the file.
         """
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    def _set_gradient_checkpointing(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **rest: Any
+    ) -> None:
+        """Layers that run once more find the instruction they had; every way to switch it on comes here."""
+        super()._set_gradient_checkpointing(enable, keeping_instruction(gradient_checkpointing_func), **rest)
 
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint gave, then let every part set its special values.
@@ -95,6 +120,8 @@ class VlmixModel(VlmixPreTrainedModel):
         self.image_seq_length = plan.tokens
         self.revisits = plan.inside
         revisit_layers(self.decoder, plan.inside)
+        install_mixtures(self, config)
+        plan_experts(self.language_model)
         install_adapters(self, self.language_model.get_output_embeddings(), config.adapter_settings())
         self.post_init()
 
@@ -116,6 +143,8 @@ class VlmixModel(VlmixPreTrainedModel):
         pixel_values: Tensor,
         image_tilings: Tensor | None = None,
         picture_values: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPooling:
         """Visual tokens in ``pooler_output``: (I, N, D), or one (N, D) a picture where their numbers vary.
@@ -123,44 +152,57 @@ class VlmixModel(VlmixPreTrainedModel):
         ``last_hidden_state`` is the fused map of every view before projection. ``pixel_values`` (I, 3, S, S)
         are the canonical pictures, float in 0..1 or uint8, or, with views that vary, the views of all
         pictures, ``image_tilings`` (I, 4) telling how each was cut. ``picture_values`` are then whole
-        pictures, for encoders that see them.
+        pictures, for encoders that see them. ``instruction_ids`` are one row for each picture, or for all.
 
         Raises:
             ImageCountError: if pixels, tilings and whole pictures do not belong together.
 
         """
         tilings = self.viewing.tilings(pixel_values, image_tilings)
-        seen = self.see(pixel_values, picture_values, tilings)
+        with asked(self.get_input_embeddings(), instruction_ids, instruction_mask):
+            context = picture_context(self.viewing.counts(tilings))
+        seen = self.see(pixel_values, picture_values, tilings, context)
         found: Any = seen.tokens.unflatten(0, (len(tilings), -1)) if not self.viewing.plan.varies else None
         if found is None:
             found = seen.tokens.split(self.viewing.tokens(tilings))
         return BaseModelOutputWithPooling(last_hidden_state=seen.fused.tokens, pooler_output=found)
 
-    def see(self, pixel_values: Tensor, picture_values: Tensor | None, tilings: Sequence[Tiling]) -> Sight:
+    def see(
+        self,
+        pixel_values: Tensor,
+        picture_values: Tensor | None,
+        tilings: Sequence[Tiling],
+        context: TextContext | None = None,
+    ) -> Sight:
         """Run encoders, fusion and projector on every view of pictures cut as ``tilings`` say."""
         pictures = picture_values if self.viewing.plan.varies else pixel_values
         encoders = cast("Sequence[VisionEncoder]", list(self.encoders))
         shown = self.viewing.scoped(encoders, pictures, tilings, masked=self.fusion.reads_masks)
-        fused = self.fusion(shown, self.views.spread(pixel_values))
+        fused = self.fusion(shown, self.views.spread(pixel_values), context)
         projected = self.projector(fused)
         order_N = self.viewing.order(tilings, projected.tokens.device)
         return Sight(fused, self.views.join(projected.tokens, order_N), order_N)
 
     def embed_inputs(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         pixel_values: Tensor | None,
         image_tilings: Tensor | None = None,
         picture_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Revisit]]:
         """Token embeddings (B, T, D) with each image placeholder replaced by its visual token.
 
-        The second holds what fusions that go on inside the decoder need there: arguments for it.
+        ``inputs_embeds`` are taken as they are where they are given. The second holds what fusions that go on
+        inside the decoder need there: arguments for it.
 
         Raises:
             ImageCountError: if placeholders and visual tokens differ in number.
 
         """
+        if inputs_embeds is not None:
+            return inputs_embeds, {}
+        input_ids = cast("Tensor", input_ids)
         is_image_BT = input_ids == self.config.image_token_id
         # The placeholder needs no row of its own in the embedding table, so any decoder can be used as it is.
         embeds_BTD = self.get_input_embeddings()(input_ids.masked_fill(is_image_BT, 0))
@@ -168,8 +210,10 @@ class VlmixModel(VlmixPreTrainedModel):
             self._check_count(is_image_BT, [])
             return embeds_BTD, {}
         tilings = self.viewing.tilings(pixel_values, image_tilings)
-        self._check_count(is_image_BT, self.viewing.tokens(tilings))
-        seen = self.see(pixel_values, picture_values, tilings)
+        tokens = self.viewing.tokens(tilings)
+        self._check_count(is_image_BT, tokens)
+        context = row_context(is_image_BT, tokens, self.viewing.counts(tilings))
+        seen = self.see(pixel_values, picture_values, tilings, context)
         embeds_BTD = embeds_BTD.masked_scatter(is_image_BT.unsqueeze(-1), seen.tokens.to(embeds_BTD))
         again = {REVISIT: Revisit(self.fusion, seen.fused.memory, is_image_BT, seen.order)}
         return embeds_BTD, again if self.revisits else {}
@@ -194,20 +238,21 @@ class VlmixModel(VlmixPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         image_tilings: Tensor | None = None,
         picture_values: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the decoder's last layer (B, T, D)."""
-        if inputs_embeds is None:
-            ids_BT = cast("Tensor", input_ids)
-            inputs_embeds, again = self.embed_inputs(ids_BT, pixel_values, image_tilings, picture_values)
-            kwargs |= again
-        return self.decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        with asked(self.get_input_embeddings(), instruction_ids, instruction_mask):
+            pictures = (pixel_values, image_tilings, picture_values)
+            embeds_BTD, again = self.embed_inputs(input_ids, *pictures, inputs_embeds)
+            return self.decoder(
+                inputs_embeds=embeds_BTD,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs | again,
+            )
 
 
 class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
@@ -248,9 +293,12 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         image_tilings: Tensor | None = None,
         picture_values: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor | Literal["supervised"] = 0,
         num_items_in_batch: Tensor | int | None = None,
+        routing_counts: RoutingCounts | None = None,
         **kwargs: Any,
     ) -> VlmixOutput:
         """Logits, and the loss where ``labels`` (B, T; -100 is ignored) are given.
@@ -258,37 +306,41 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
         ``logits_to_keep`` limits the positions whose logits are computed: the last n, the given ones, or
         ``"supervised"``: those that predict a label in any row, which spares the head everywhere else.
         ``num_items_in_batch`` is what the summed loss is divided by: the supervised tokens of the whole
-        optimizer step, across micro-batches and ranks; without it, those of this batch.
+        optimizer step, across micro-batches and ranks; without it, those of this batch. ``routing_counts``,
+        the same for all micro-batches of a step, balances experts over the step as a whole.
+        ``instruction_ids`` and ``instruction_mask`` (B, U): what the user said, for parts that decide by it.
 
         Raises:
             ImageCountError: if placeholders and visual tokens differ in number.
 
         """
-        if inputs_embeds is None:
-            ids_BT = cast("Tensor", input_ids)
-            inputs_embeds, again = self.model.embed_inputs(
-                ids_BT, pixel_values, image_tilings, picture_values
+        embeddings = self.get_input_embeddings()
+        with recording() as tape, asked(embeddings, instruction_ids, instruction_mask):
+            pictures = (pixel_values, image_tilings, picture_values)
+            embeds_BTD, again = self.model.embed_inputs(input_ids, *pictures, inputs_embeds)
+            if logits_to_keep == "supervised":
+                logits_to_keep = supervised_positions(labels)
+            out = self.model.language_model(
+                inputs_embeds=embeds_BTD,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                logits_to_keep=logits_to_keep,
+                **kwargs | again,
             )
-            kwargs |= again
-        if logits_to_keep == "supervised":
-            logits_to_keep = _supervised_positions(labels)
-        out = self.model.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-        loss = None
+        loss = aux_loss = None
         if labels is not None:
-            loss = _next_token_loss(out.logits, labels, logits_to_keep, num_items_in_batch)
+            loss = next_token_loss(out.logits, labels, logits_to_keep, num_items_in_batch)
+            visual_BT = None if input_ids is None else input_ids == self.config.image_token_id
+            aux_loss = auxiliary_loss(self, tape, Positions(attention_mask, visual_BT), routing_counts)
+            if aux_loss is not None:
+                aux_loss = aux_loss * supervised_share(labels, num_items_in_batch)
+                loss = loss + aux_loss
         return VlmixOutput(
             loss=loss,
-            logits=out.logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
+            aux_loss=aux_loss,
+            routing=tuple(tape) or None,
+            **{name: out.get(name) for name in _KEPT},
         )
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -328,7 +380,7 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
         shown = pictures_of_rows(placeholders, viewing.tokens(tilings))
         lengths: dict[str, list[int]] = dict.fromkeys(_PICTURES, shown)
         if viewing.plan.varies:
-            counts = iter([viewing.count(tiling) for tiling in tilings])
+            counts = iter(viewing.counts(tilings))
             lengths["pixel_values"] = [sum(next(counts) for _ in range(row)) for row in shown]
         return {
             name: None
@@ -336,29 +388,6 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
             else torch.cat([part for part in value.split(lengths[name]) for _ in range(times)])
             for name, value in pictures.items()
         }
-
-
-def _supervised_positions(labels: Tensor | None) -> Tensor:
-    """Positions whose next token is a label in at least one row, and the last one if there is none."""
-    if labels is None:
-        raise ValueError("logits_to_keep='supervised' needs labels")
-    kept = (labels[:, 1:] != IGNORED).any(0).nonzero().squeeze(1)
-    return kept if kept.numel() else torch.tensor([labels.shape[1] - 1], device=labels.device)
-
-
-def _next_token_loss(
-    logits_BKV: Tensor, labels_BT: Tensor, kept: int | Tensor, items: Tensor | int | None
-) -> Tensor:
-    """Cross entropy of each kept position with the label after it, in float32, divided by ``items``."""
-    after_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
-    if isinstance(kept, Tensor):
-        after_BT = after_BT[:, kept]
-    elif kept:
-        after_BT = after_BT[:, -kept:]
-    total = F.cross_entropy(
-        logits_BKV.float().flatten(0, 1), after_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return total / ((after_BT != IGNORED).sum() if items is None else items)
 
 
 AutoModel.register(VlmixConfig, VlmixModel, exist_ok=True)

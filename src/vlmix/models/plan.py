@@ -19,8 +19,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from vlmix.core.parts import VIEWS
 from vlmix.core.tensors import FeatureMap, VisionSpec
 from vlmix.models.flops import flop_counter
+from vlmix.models.instruction import asked_shapes
+from vlmix.models.mixtures import active_parameters
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.viewing import tilings_tensor
+from vlmix.moe.install import expert_layers
+from vlmix.moe.layer import ExpertLayer
 
 if TYPE_CHECKING:
     from vlmix.models.configuration import VisionPlan, VlmixConfig
@@ -41,11 +45,25 @@ class PartCost:
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureCost:
+    """One mixture: where it stands, the experts of each of its layers, how many of them one token meets."""
+
+    place: str
+    experts: tuple[int, ...]
+    chosen: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCost:
-    """The whole model on one prompt of ``images`` pictures and ``text_tokens`` tokens of text."""
+    """The whole model on one prompt of ``images`` pictures and ``text_tokens`` tokens of text.
+
+    ``active`` counts the parameters that one token meets.
+    """
 
     vision: VisionPlan
     parts: tuple[PartCost, ...]
+    active: int
+    mixtures: tuple[MixtureCost, ...]
     images: int
     text_tokens: int
     bytes_per_number: int
@@ -107,23 +125,18 @@ def plan_model(
     """
     vision = config.plan()
     model = shape_only(config, dtype).eval()
-    inner, prompt = model.model, images * vision.tokens + text_tokens
-    parts = _vision_costs(config, model)
-    embeds_BTD = torch.empty(1, prompt, config.width, device="meta", dtype=dtype)
-    language = inner.language_model
-    prefill = _flops(lambda: language(inputs_embeds=embeds_BTD, logits_to_keep=1))
+    language, prompt = model.model.language_model, images * vision.tokens + text_tokens
+    with asked_shapes(config.width, 1):
+        parts = _vision_costs(config, model)
+        prefill, decode, per_token = _language_costs(model, prompt, dtype)
     parts.append(
         PartCost(f"language_model ({config.language.model_type})", parameter_count(language), prefill)
-    )
-    with torch.no_grad():
-        cache = language(inputs_embeds=embeds_BTD, logits_to_keep=1, use_cache=True).past_key_values
-    per_token = _cache_bytes(cache) // prompt
-    decode = _flops(
-        lambda: language(inputs_embeds=embeds_BTD[:, :1], past_key_values=cache, logits_to_keep=1)
     )
     return ModelCost(
         vision=vision,
         parts=tuple(parts),
+        active=active_parameters(model),
+        mixtures=_mixtures(model),
         images=images,
         text_tokens=text_tokens,
         bytes_per_number=dtype.itemsize,
@@ -131,6 +144,35 @@ def plan_model(
         cache_bytes_per_token=per_token,
         activation_bytes=training_bytes(model, rows=1, images=images, text_tokens=text_tokens),
     )
+
+
+def _mixtures(model: VlmixForConditionalGeneration) -> tuple[MixtureCost, ...]:
+    # The layers of one mixture share one settings object.
+    found: dict[int, list[ExpertLayer]] = {}
+    for layer in expert_layers(model):
+        found.setdefault(id(layer.settings), []).append(layer)
+    return tuple(
+        MixtureCost(
+            layers[0].settings.place, tuple(layer.router_experts for layer in layers), layers[0].chosen
+        )
+        for layers in found.values()
+    )
+
+
+def _language_costs(
+    model: VlmixForConditionalGeneration, prompt: int, dtype: torch.dtype
+) -> tuple[int, int, int]:
+    """FLOPs to read the prompt, FLOPs of one more token, and bytes the cache keeps for each."""
+    language, width = model.model.language_model, model.config.width
+    embeds_BTD = torch.empty(1, prompt, width, device="meta", dtype=dtype)
+    prefill = _flops(lambda: language(inputs_embeds=embeds_BTD, logits_to_keep=1))
+    with torch.no_grad():
+        cache = language(inputs_embeds=embeds_BTD, logits_to_keep=1, use_cache=True).past_key_values
+    per_token = _cache_bytes(cache) // prompt
+    decode = _flops(
+        lambda: language(inputs_embeds=embeds_BTD[:, :1], past_key_values=cache, logits_to_keep=1)
+    )
+    return prefill, decode, per_token
 
 
 def _vision_costs(config: VlmixConfig, model: VlmixForConditionalGeneration) -> list[PartCost]:
@@ -217,14 +259,16 @@ def forward_loss(model: VlmixForConditionalGeneration, *, rows: int, images: int
     """Run a training forward on shapes and return a scalar to differentiate."""
     config, inner = model.config, model.model
     dtype = next(iter(inner.projector.parameters()), torch.empty(0, dtype=model.dtype)).dtype
-    found = inner.get_image_features(**pictures_of(config, max(rows * images, 1))).pooler_output
+    with asked_shapes(config.width, 1):
+        found = inner.get_image_features(**pictures_of(config, max(rows * images, 1))).pooler_output
     tokens_IND = torch.stack(list(cast("Any", found)))
     ids = torch.zeros(rows, text_tokens, dtype=torch.long, device="meta")
     visual_BND = tokens_IND.reshape(rows, -1, tokens_IND.shape[-1])[:, : images * tokens_IND.shape[1]]
     embeds_BTD = torch.cat([visual_BND.to(dtype), inner.get_input_embeddings()(ids)], 1)
     # With a cache, because without one transformers looks at the data for packed sequences.
-    logits = inner.language_model(inputs_embeds=embeds_BTD, logits_to_keep=text_tokens, use_cache=True).logits
-    return logits.float().log_softmax(-1).sum()
+    with asked_shapes(config.width, rows):
+        out = inner.language_model(inputs_embeds=embeds_BTD, logits_to_keep=text_tokens, use_cache=True)
+    return out.logits.float().log_softmax(-1).sum()
 
 
 @contextmanager

@@ -12,10 +12,20 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from vlmix.core.errors import ContextLengthError, ImageError, InputError, SampleError, UnknownNameError
 from vlmix.core.sample import ImageRef, Sample, Turn
-from vlmix.models.batching import Encoded, Opened, Side, join_pictures, pad_ids, pad_rows
+from vlmix.models.batching import (
+    Encoded,
+    Opened,
+    Side,
+    join_pictures,
+    pad_ids,
+    pad_instructions,
+    pad_rows,
+    unpadded,
+)
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.encoding import IGNORED, SegmentEncoder
 from vlmix.models.image_processing import VlmixImageProcessor
+from vlmix.models.instruction import instruction_tokens
 from vlmix.models.messages import (
     Message,
     give_pictures,
@@ -38,8 +48,9 @@ class VlmixProcessor(ProcessorMixin):
     ``image_seq_length`` placeholders stand for one picture (``VlmixConfig.image_seq_length``), or as many as
     its shape asks for where the image processor cuts pictures into views;
     ``chat_template`` is jinja source or the name of a template that comes with vlmix, by default the
-    tokenizer's own and else ``chatml``; ``max_length`` is the context in tokens. The tokenizer is given the
-    image token, and a padding token if it has none.
+    tokenizer's own and else ``chatml``; ``max_length`` is the context in tokens. With ``reads_instruction``
+    what the user said goes to the model once more by itself (``VlmixConfig.reads_instruction``). The
+    tokenizer is given the image token, and a padding token if it has none.
     """
 
     def __init__(
@@ -50,8 +61,10 @@ class VlmixProcessor(ProcessorMixin):
         image_seq_length: int = 576,
         image_token: str = IMAGE,
         max_length: int | None = None,
+        reads_instruction: bool = False,
     ) -> None:
         prepare_tokenizer(tokenizer, image_token)
+        self.reads_instruction = reads_instruction
         self.image_seq_length, self.image_token, self.max_length = image_seq_length, image_token, max_length
         self.image_token_id = cast("int", tokenizer.convert_tokens_to_ids(image_token))
         self._kept_encoder: SegmentEncoder | None = None
@@ -121,6 +134,7 @@ class VlmixProcessor(ProcessorMixin):
         opened = [self.open_images(item) for item in encoded] if opened is None else opened
         batch = pad_ids([item.input_ids for item in encoded], self._pad_id, padding_side)
         batch["labels"] = pad_rows([item.labels for item in encoded], IGNORED, padding_side)
+        batch |= pad_instructions([item.instruction_ids for item in encoded], self._pad_id, padding_side)
         return BatchFeature({**batch, **join_pictures(opened)})
 
     # -- the Hugging Face surface --
@@ -134,13 +148,16 @@ class VlmixProcessor(ProcessorMixin):
         padding: bool = True,
         padding_side: Side | None = None,
         add_special_tokens: bool = True,
+        instruction: str | Sequence[str] | None = None,
     ) -> BatchFeature:
         """Encode prompts in which ``<image>`` marks each picture's place; control tokens in them count.
 
-        ``images`` is one picture, a flat list in order, or a list for each text. Give what a stranger typed
-        to ``apply_chat_template(tokenize=True)`` instead: there it stays text.
+        ``images`` is one picture, a flat list in order, or a list for each text; ``instruction`` is what the
+        user said in it, where the model reads that by itself. Give what a stranger typed to
+        ``apply_chat_template(tokenize=True)`` instead: there it stays text.
 
         Raises:
+            InputError: if there is no text, or no instruction for each where the model reads one.
             ImageCountError: if a text has more or fewer placeholders than pictures; names the item.
             ImageError: if a picture cannot be read.
             ContextLengthError: if a text is longer than the processor's ``max_length``.
@@ -157,7 +174,14 @@ class VlmixProcessor(ProcessorMixin):
             encoder.encode(row, add_bos=add_special_tokens, image_tokens=counts)[0]
             for row, counts in zip(rows, lengths, strict=True)
         ]
-        return self._batch(coded, pictures, return_tensors, padding, padding_side)
+        given = [instruction] if isinstance(instruction, str) else list(instruction or ())
+        if self.reads_instruction and len(given) != len(texts):
+            raise InputError(
+                f"the model reads what the user said: {len(texts)} texts, but {len(given)} instructions. "
+                "Pass `instruction`, one for each text, or give messages to apply_chat_template."
+            )
+        told = self._instructions([[Turn("user", (each,))] for each in given])
+        return self._batch(coded, told, pictures, return_tensors, padding, padding_side)
 
     def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -212,7 +236,7 @@ class VlmixProcessor(ProcessorMixin):
         coded = [
             encoder.encode(row, image_tokens=counts)[0] for row, counts in zip(rows, lengths, strict=True)
         ]
-        batch = self._batch(coded, shown, **options)
+        batch = self._batch(coded, self._instructions(turns), shown, **options)
         return batch if return_dict else batch["input_ids"]
 
     @property
@@ -229,6 +253,7 @@ class VlmixProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """The names of the tensors this processor makes."""
         names = ["input_ids", "attention_mask", "pixel_values"]
+        names += ["instruction_ids", "instruction_mask"] if self.reads_instruction else []
         return names if self.image_processor.views is None else [*names, "image_tilings", "picture_values"]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
@@ -297,7 +322,16 @@ class VlmixProcessor(ProcessorMixin):
         images = tuple(image for turn in turns for image in turn.images)
         counts = self._lengths(images, f"sample {sample.id!r}")
         ids, labels = self._encoder(template).encode(segments, image_tokens=counts)
-        return Encoded(ids, labels if supervise else [IGNORED] * len(ids), images, dropped_turns, sample.id)
+        labels = labels if supervise else [IGNORED] * len(ids)
+        told = self._instructions([turns])
+        return Encoded(ids, labels, images, dropped_turns, sample.id, told[0] if told else None)
+
+    def _instructions(self, conversations: Iterable[Sequence[Turn]]) -> list[list[int]]:
+        """What the user said in each conversation, or nothing where the model does not read it."""
+        if not self.reads_instruction:
+            return []
+        encoder = self._encoder(self._template())
+        return [instruction_tokens(encoder, turns) for turns in conversations]
 
     def _pieces(self, prompt: str) -> list[Segment]:
         pieces = re.split(f"({re.escape(self.image_token)})", prompt)
@@ -316,6 +350,7 @@ class VlmixProcessor(ProcessorMixin):
     def _batch(
         self,
         coded: Sequence[list[int]],
+        told: Sequence[list[int]],
         pictures: Sequence[Sequence[ImageRef]],
         return_tensors: str | None,
         padding: bool,
@@ -325,12 +360,13 @@ class VlmixProcessor(ProcessorMixin):
             self._check_length(f"item {number}", ids, self.max_length)
         opened = [self._open(images, f"item {number}") for number, images in enumerate(pictures)]
         if padding:
-            tensors = pad_ids(coded, self._pad_id, padding_side or self.tokenizer.padding_side)
+            side = padding_side or self.tokenizer.padding_side
+            tensors = pad_ids(coded, self._pad_id, side) | pad_instructions(told, self._pad_id, side)
             batch: dict[str, Any] = dict(tensors)
             if return_tensors is None:
                 batch = {name: tensor_BT.tolist() for name, tensor_BT in tensors.items()}
         else:
-            batch = {"input_ids": list(coded), "attention_mask": [[1] * len(ids) for ids in coded]}
+            batch = unpadded(coded, told)
         return BatchFeature({**batch, **join_pictures(opened)}, tensor_type=return_tensors)
 
     def _lengths(self, images: Sequence[ImageRef], item: str) -> list[int] | None:

@@ -69,6 +69,10 @@ class Viewing:
         """Views of one picture."""
         return len(self.views.boxes(self.settings, tiling))
 
+    def counts(self, tilings: Sequence[Tiling]) -> list[int]:
+        """Views of every picture."""
+        return [self.count(tiling) for tiling in tilings]
+
     def tokens(self, tilings: Sequence[Tiling]) -> list[int]:
         """Visual tokens of every picture."""
         grid = self.plan.projected.grid

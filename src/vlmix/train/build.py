@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vlmix.core.errors import CheckpointError, RecipeError, SampleError
+from vlmix.core.experts import ExpertSettings
 from vlmix.core.files import publish, verify_manifest, write_manifest
 from vlmix.core.interfaces import Source
 from vlmix.core.parts import SOURCES, read_part
 from vlmix.models.adapters import bare
-from vlmix.models.configuration import VlmixConfig
+from vlmix.models.configuration import VlmixConfig, reads_instruction
 from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.processing import VlmixProcessor
@@ -35,7 +36,11 @@ from vlmix.models.templates import load_template
 from vlmix.models.tokenization import CONTROL_TOKENS, prepare_tokenizer, train_tokenizer
 from vlmix.train.recipe import ModelSettings, Recipe, Stage, TokenizerTraining
 from vlmix.train.recipe_file import parts_of
+from vlmix.train.transforms import TRANSFORMS
 from vlmix.train.transforms.load_encoder import load_encoder
+from vlmix.train.transforms.replicate import ReplicateSettings
+from vlmix.train.transforms.upcycle import UpcycleSettings
+from vlmix.train.upcycling import upcycle_model
 
 SETUP_SCHEMA = "vlmix.setup/1"
 
@@ -74,6 +79,8 @@ def build(recipe: Recipe) -> Setup:
             load_encoder(model, index, encoder["weights"])
     if "weights" in recipe.model.language_model:
         _load_language_model(model, recipe.model.language_model["weights"])
+    for settings in recipe.model.experts:
+        upcycle_model(model, settings)
     return Setup(model, processor)
 
 
@@ -85,12 +92,33 @@ def recipe_config(recipe: Recipe) -> VlmixConfig:
     """
     settings, training = recipe.model, recipe.model.tokenizer.train
     raw = settings.language_model
+    experts = mixtures_of(recipe)
     text = raw.get("config") or (_published(raw["weights"]).to_dict() if "weights" in raw else raw)
     if training is not None:
         text = {"vocab_size": training.vocab_size, **text}
     elif "vocab_size" not in text:
-        return build_processor(recipe)[1]
-    return _config(settings, text, text["vocab_size"])
+        config = build_processor(recipe)[1]
+        config.experts = [mixture.model_dump(mode="json") for mixture in experts] or None
+        return config
+    return _config(settings, text, text["vocab_size"], experts)
+
+
+def later_experts(recipe: Recipe) -> list[ExpertSettings]:
+    """The mixtures that stages put in before they begin, in order."""
+    raws = [raw for stage in recipe.stages for raw in stage.before if raw["kind"] == "upcycle"]
+    return [cast("UpcycleSettings", read_part(TRANSFORMS, raw)).experts for raw in raws]
+
+
+def mixtures_of(recipe: Recipe) -> list[ExpertSettings]:
+    """Every mixture as it is when the last stage has begun: those of the model, then those of stages."""
+    found = list(recipe.model.experts)
+    for raw in (raw for stage in recipe.stages for raw in stage.before):
+        settings = read_part(TRANSFORMS, raw)
+        if isinstance(settings, UpcycleSettings):
+            found.append(settings.experts)
+        elif isinstance(settings, ReplicateSettings) and settings.mixture < len(found):
+            found[settings.mixture] = found[settings.mixture].model_copy(update={"count": settings.count})
+    return found
 
 
 def build_processor(recipe: Recipe) -> tuple[VlmixProcessor, VlmixConfig]:
@@ -105,6 +133,7 @@ def build_processor(recipe: Recipe) -> tuple[VlmixProcessor, VlmixConfig]:
         chat_template=_template(settings.chat_template),
         image_seq_length=config.image_seq_length,
         max_length=settings.max_length,
+        reads_instruction=config.reads_instruction or any(map(reads_instruction, mixtures_of(recipe))),
     )
     return processor, config
 
@@ -193,7 +222,12 @@ def _template(name_or_path: str) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else load_template(name_or_path)
 
 
-def _config(settings: ModelSettings, text_config: dict[str, Any], image_token_id: int) -> VlmixConfig:
+def _config(
+    settings: ModelSettings,
+    text_config: dict[str, Any],
+    image_token_id: int,
+    experts: Sequence[ExpertSettings] = (),
+) -> VlmixConfig:
     return VlmixConfig(
         text_config=text_config,
         encoders=[{k: v for k, v in encoder.items() if k != "weights"} for encoder in settings.encoders],
@@ -203,6 +237,7 @@ def _config(settings: ModelSettings, text_config: dict[str, Any], image_token_id
         image_size=settings.image_size,
         image_token_id=image_token_id,
         adapters=[adapter.model_dump() for adapter in settings.adapters] or None,
+        experts=[mixture.model_dump(mode="json") for mixture in experts] or None,
     )
 
 

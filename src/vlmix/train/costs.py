@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,6 +12,7 @@ from torch import nn
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.flops import flop_counter
 from vlmix.models.plan import forward_loss, parameter_count, shape_only, training_bytes
+from vlmix.train.build import mixtures_of
 from vlmix.train.data_sets import planned_sizes
 from vlmix.train.recipe import Recipe, Stage
 from vlmix.train.solo import select_for, solo_model
@@ -58,9 +60,18 @@ def stage_costs(recipe: Recipe, config: VlmixConfig, *, images: int, text_tokens
 
     """
     return [
-        _cost(stage, _steps(recipe, index), config, images, text_tokens)
+        _cost(stage, _steps(recipe, index), _in_stage(recipe, index, config), images, text_tokens)
         for index, stage in enumerate(recipe.stages)
     ]
+
+
+def _in_stage(recipe: Recipe, index: int, config: VlmixConfig) -> VlmixConfig:
+    """The model's configuration with the mixtures it has in a stage: later ones are not in it yet."""
+    until = recipe.model_copy(update={"stages": recipe.stages[: index + 1]})
+    mixtures = mixtures_of(until)
+    found = copy.deepcopy(config)
+    found.experts = [mixture.model_dump(mode="json") for mixture in mixtures] or None
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,10 @@ from transformers import PreTrainedModel
 from vlmix.core.errors import NonFiniteError, VlmixError
 from vlmix.core.files import write_json
 from vlmix.data.ledger import Ledger
+from vlmix.models.mixtures import rebalance
+from vlmix.moe.balance import RoutingCounts
+from vlmix.moe.install import expert_layers
+from vlmix.train.expert_loads import expert_loads, is_told
 from vlmix.train.loader import Loader, StepData
 from vlmix.train.optim import rate_factor, set_rates
 from vlmix.train.recipe import Stage
@@ -31,10 +35,15 @@ from vlmix.train.trainable import Selection, set_modes
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Loss and gradient norm of one optimizer step; ``None`` if none of its rows could be used."""
+    """Loss and gradient norm of one optimizer step; ``None`` if none of its rows could be used.
+
+    ``balance`` is the experts' part of the loss, and ``counts`` what they were chosen for.
+    """
 
     loss: float | None
     grad_norm: float | None
+    balance: float | None = None
+    counts: RoutingCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,9 @@ class StageLoop:
         self.optimizer.zero_grad(set_to_none=True)
         if data.supervised_tokens == 0:
             return Outcome(None, None)
-        losses = [self._backward(batch, data.supervised_tokens) for batch in data.micro_batches]
+        counts = RoutingCounts() if expert_layers(self.model) else None
+        steps = [self._backward(batch, data.supervised_tokens, counts) for batch in data.micro_batches]
+        losses, parts = [loss for loss, _ in steps], [part for _, part in steps if part is not None]
         loss = torch.stack(losses).sum()
         parameters = [p for p in self.selection.parameters.values() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -114,9 +125,15 @@ class StageLoop:
         if self.stage.clip is not None:
             clip_grads_with_norm_(parameters, self.stage.clip, norm)
         self.optimizer.step()
-        return Outcome(loss.item(), norm.item())
+        if counts is not None:
+            rebalance(self.model, counts)
+        balance = torch.stack(parts).sum().item() if parts else None
+        return Outcome(loss.item(), norm.item(), balance, counts)
 
-    def _backward(self, batch: Mapping[str, Tensor], supervised_tokens: int) -> Tensor:
+    def _backward(
+        self, batch: Mapping[str, Tensor], supervised_tokens: int, counts: RoutingCounts | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss of one micro-batch, and the part of it that balances experts."""
         device = self.model.device
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         bf16 = self.stage.precision == "bf16"
@@ -126,10 +143,12 @@ class StageLoop:
                 logits_to_keep="supervised",
                 num_items_in_batch=supervised_tokens,
                 use_cache=False,
+                **({} if counts is None else {"routing_counts": counts}),
             )
         if output.loss.requires_grad:  # not so where a text-only batch meets a stage that trains the eyes
             output.loss.backward()
-        return output.loss.detach().float()
+        part = None if counts is None or output.aux_loss is None else output.aux_loss.detach().float()
+        return output.loss.detach().float(), part
 
     def _explain(self, step: int, data: StepData, losses: Sequence[Tensor]) -> str:
         culprit = first_non_finite(self.model, data.micro_batches, losses)
@@ -160,6 +179,8 @@ class StageLoop:
             supervised_tokens=data.supervised_tokens,
             seconds=seconds,
             wait_seconds=data.wait_seconds,
+            balance=outcome.balance,
+            experts=expert_loads(outcome.counts) if is_told(step + 1, self.steps) else None,
         )
 
 

@@ -91,6 +91,17 @@ class DataOrder:
         return RowId(source, int(_permutation(self.sizes[source], (*self.seed, _ROWS, source, deck))[place]))
 
 
+def group_weights(groups: Sequence[str], sizes: Sequence[int]) -> list[float | None]:
+    """Weights that give every group the same share, divided among its sources by their rows.
+
+    ``None`` for every source where none names a group. Paper: MoME, arXiv:2407.12709, section 4.1.
+    """
+    if not any(groups):
+        return [None] * len(sizes)
+    rows = {name: sum(size for of, size in zip(groups, sizes, strict=True) if of == name) for name in groups}
+    return [size / max(rows[name], 1) for name, size in zip(groups, sizes, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Deal:
     """For each position of an epoch: the source it draws from, and how often that source came before."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vlmix.core.adapters import AdapterSettings
+from vlmix.core.experts import ExpertSettings
 from vlmix.core.settings import Settings
 
 Raw = dict[str, Any]
@@ -49,7 +50,8 @@ class ModelSettings(Settings):
     be planned where they are not. ``image_size`` is the side of the canonical picture and ``fit`` how
     pictures are made square; ``views`` may show a picture as several tiles, of that side where they follow
     its shape. ``max_length`` is the longest conversation in tokens. ``adapters`` put low-rank pairs on
-    Linears of encoders and language model; stages train them as ``*lora_*``.
+    Linears of encoders and language model; stages train them as ``*lora_*``. ``experts`` take the place of
+    feed-forward networks before the first stage; before a later one, ``upcycle`` does that.
     """
 
     image_size: PositiveInt
@@ -63,6 +65,7 @@ class ModelSettings(Settings):
     chat_template: str = "plain"
     max_length: PositiveInt = 2048
     adapters: list[AdapterSettings] = Field(default_factory=list)
+    experts: list[ExpertSettings] = Field(default_factory=list)
 
     @field_validator("language_model")
     @classmethod
@@ -84,12 +87,16 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """One source of a stage's mix; ``weight`` is its share of the draws, relative to the other weights.
 
+    Where sources name a ``group`` instead, every group gets the same share of the draws and divides it among
+    its sources by their rows.
+
     A published set carries its ``name``, its number of ``rows``, with which it is planned where it is absent
     (a number that ends in zeros is read as rounded), and in ``get`` where it comes from and where to put it.
     """
 
     source: Raw
     weight: PositiveFloat | None = None
+    group: str = ""
     name: str = ""
     rows: PositiveInt | None = None
     get: str = ""
@@ -169,6 +176,10 @@ class Stage(Settings):
             raise ValueError("give exactly one of `steps` and `epochs`")
         if len({data.weight is None for data in self.data}) > 1:
             raise ValueError("data: give every source a `weight`, or none (each row once per epoch)")
+        if len({bool(data.group) for data in self.data}) > 1:
+            raise ValueError("data: give every source a `group`, or none")
+        if self.data[0].group and self.data[0].weight is not None:
+            raise ValueError("data: a `group` decides the shares; remove each `weight`, or each `group`")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}"

@@ -18,7 +18,8 @@ class StepRecord:
     """One optimizer step. ``step`` counts from 1 in its stage, ``global_step`` from 1 in the run.
 
     ``loss`` (nats per supervised token) and ``grad_norm`` are ``None`` if no row of the step could be used.
-    ``learning_rates`` are by glob; ``lr`` is the highest of them.
+    ``learning_rates`` are by glob; ``lr`` is the highest of them. A model with experts adds ``balance``, the
+    part of ``loss`` that balances them, and now and then ``experts``: by layer, what ``expert_loads`` says.
     """
 
     stage: str
@@ -35,6 +36,8 @@ class StepRecord:
     supervised_tokens: int
     seconds: float
     wait_seconds: float
+    balance: float | None = None
+    experts: Mapping[str, Mapping[str, float]] | None = None
 
 
 class Sink(Protocol):
@@ -61,7 +64,7 @@ class MetricsFile:
     def step(self, record: StepRecord) -> None:
         """Append one line; a reader sees it at once."""
         with storage_errors(self._path):
-            self._file.write(_line(asdict(record)))
+            self._file.write(_line(_row(record)))
             self._file.flush()
 
     def sync(self) -> None:
@@ -91,7 +94,10 @@ class TensorBoard:
             "speed/tokens_per_second": record.tokens / record.seconds,
             "speed/samples_per_second": record.samples / record.seconds,
             **{f"rate/{pattern}": rate for pattern, rate in record.learning_rates.items()},
+            "experts/balance": record.balance,
         }
+        for layer, figures in (record.experts or {}).items():
+            values |= {f"experts/{name}/{layer}": figure for name, figure in figures.items()}
         for tag, value in values.items():
             if value is not None:
                 self._writer.add_scalar(tag, value, record.global_step)
@@ -146,6 +152,14 @@ def smoothed(values: Sequence[float], memory: float = 0.9) -> list[float]:
         total, weight = total * memory + value, weight * memory + 1.0
         result.append(total / weight)
     return result
+
+
+def _row(record: StepRecord) -> dict[str, Any]:
+    """All figures; those on experts only where there are some."""
+    row = asdict(record)
+    return {
+        key: value for key, value in row.items() if key not in {"balance", "experts"} or value is not None
+    }
 
 
 def _line(row: Mapping[str, Any]) -> str:

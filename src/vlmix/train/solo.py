@@ -115,7 +115,7 @@ def _solo_config(config: VlmixConfig, solo: SoloSettings) -> VlmixConfig:
     alone.fusion = {"kind": "single", "which": solo.encoder}
     alone.projector = dict(solo.projector)
     # They are on the modules that are shared already.
-    alone.adapters = None
+    alone.adapters = alone.experts = None
     return alone
 
 
@@ -128,4 +128,5 @@ def _processor(whole: VlmixProcessor, config: VlmixConfig) -> VlmixProcessor:
         image_seq_length=config.image_seq_length,
         image_token=whole.image_token,
         max_length=whole.max_length,
+        reads_instruction=whole.reads_instruction,
     )

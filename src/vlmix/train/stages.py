@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +22,7 @@ from vlmix.data.ledger import FILE_NAME, Ledger
 from vlmix.models.adapters import bare, merged_tensors, reset_adapters
 from vlmix.models.batching import Encoded, Opened
 from vlmix.models.modeling import VlmixForConditionalGeneration
+from vlmix.models.plan import shape_only
 from vlmix.models.processing import VlmixProcessor
 from vlmix.train import checkpoint
 from vlmix.train.build import Setup, open_sources, stage_processor
@@ -29,13 +32,14 @@ from vlmix.train.interrupt import StopRequest
 from vlmix.train.loader import Encoder, Loader, NamedSource
 from vlmix.train.loop import StageLoop
 from vlmix.train.optim import build_optimizer
-from vlmix.train.order import DataOrder
+from vlmix.train.order import DataOrder, group_weights
 from vlmix.train.progress import ProgressLine
 from vlmix.train.recipe import Recipe, Stage
 from vlmix.train.records import MetricsFile, Sink, TensorBoard, draw_curves, read_metrics
 from vlmix.train.solo import Running, running, select_for
 from vlmix.train.trainable import Selection, table
 from vlmix.train.transforms import TRANSFORMS
+from vlmix.train.transforms._base import Transform
 
 METRICS = "metrics.jsonl"
 
@@ -62,8 +66,13 @@ class Stages:
             CheckpointError: if a stage starts from a folder that is no model.
 
         """
+        shapes = _shapes(recipe, setup)
         for index, stage in enumerate(recipe.stages):
-            select_for(stage, running(setup, stage, (recipe.seed, index)).model)
+            whole = stage.solo is None and shapes is not None
+            if shapes is not None:
+                _reshape(stage, shapes)
+            ran = shapes if whole else running(setup, stage, (recipe.seed, index)).model
+            select_for(stage, cast("VlmixForConditionalGeneration", ran))
             if stage.start_from != "previous" and not (Path(stage.start_from) / "config.json").is_file():
                 raise CheckpointError(
                     f"start_from: {stage.start_from} is not a model folder; it has no config.json"
@@ -84,6 +93,8 @@ class Stages:
             InterruptedRunError: if a signal asked to stop; a checkpoint was saved first.
 
         """
+        for stage in self.recipe.stages[: found.state.stage_index + 1 if found is not None else 0]:
+            _reshape(stage, self.setup.model)
         for index in range(found.state.stage_index if found is not None else 0, len(self.recipe.stages)):
             here = found if found is not None and found.state.stage_index == index else None
             if here is None:
@@ -127,8 +138,7 @@ class Stages:
         if stage.start_from != "previous":
             load_model_weights(self.setup.model, stage.start_from)
         for raw in stage.before:
-            transform = TRANSFORMS.get(raw["kind"])(read_part(TRANSFORMS, raw))
-            self.console.print(transform.apply(self.setup.model), markup=False)
+            self.console.print(_transform(raw).apply(self.setup.model), markup=False, soft_wrap=True)
 
     def _train(self, index: int, first_step: int, trained: _Trained, stop: StopRequest) -> None:
         stage, order = self.recipe.stages[index], self.orders[index]
@@ -213,6 +223,24 @@ class _Trained:
     optimizer: Optimizer
 
 
+def _transform(raw: dict[str, Any]) -> Transform:
+    return TRANSFORMS.get(raw["kind"])(read_part(TRANSFORMS, raw))
+
+
+def _shapes(recipe: Recipe, setup: Setup) -> VlmixForConditionalGeneration | None:
+    """The model with shapes alone, where stages change its structure; they are checked on it."""
+    kinds = {raw["kind"] for stage in recipe.stages for raw in stage.before}
+    if all(TRANSFORMS.get(kind).reshape is Transform.reshape for kind in kinds):
+        return None
+    return shape_only(copy.deepcopy(setup.model.config), torch.float32)
+
+
+def _reshape(stage: Stage, model: VlmixForConditionalGeneration) -> None:
+    """Give ``model`` the structure it has in ``stage``."""
+    for raw in stage.before:
+        _transform(raw).reshape(model)
+
+
 def stage_order(recipe: Recipe, index: int, sizes: Sequence[int]) -> DataOrder:
     """The order in which stage ``index`` draws rows from sources of these sizes.
 
@@ -221,9 +249,10 @@ def stage_order(recipe: Recipe, index: int, sizes: Sequence[int]) -> DataOrder:
 
     """
     stage = recipe.stages[index]
+    shares = group_weights([data.group for data in stage.data], sizes)
     return DataOrder.plan(
         sizes,
-        [data.weight for data in stage.data],
+        [data.weight or share for data, share in zip(stage.data, shares, strict=True)],
         stage.batch_size,
         (recipe.seed, index),
         steps=stage.steps,

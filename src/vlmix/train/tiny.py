@@ -7,17 +7,22 @@ few channels, pictures of a few tokens, the sources' own tiny sets, random weigh
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vlmix.core.errors import InputError, PlanError
+from vlmix.core.experts import ExpertSettings
 from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES, VIEWS, read_part
 from vlmix.core.registry import Registry
 from vlmix.core.settings import SHRUNK_DEPTH, SHRUNK_WIDTH, divided, read_settings
 from vlmix.models.configuration import VisionPlan, VlmixConfig
-from vlmix.train.build import recipe_config
+from vlmix.models.plan import shape_only
+from vlmix.moe.install import chosen_layers
+from vlmix.moe.structure import feed_forwards
+from vlmix.train.build import later_experts, recipe_config
 from vlmix.train.recipe import Recipe, Stage
 
 STEPS, BATCH, MICRO_BATCH, QUESTIONS = 2, 4, 2, 4
@@ -36,6 +41,7 @@ _DECODER = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
 }
+_EXPERT_WIDTH = 8
 # What the tokenizer decides.
 _WORDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -52,6 +58,7 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     raw["name"] = f"{recipe.name}_tiny"
     raw["model"] = _model(recipe)
     raw["stages"] = [_stage(stage, folder) for stage in recipe.stages]
+    _shrink_later(recipe, raw)
     raw["evals"] = [
         {"benchmark": _benchmark(judged.benchmark["kind"], folder), "limit": QUESTIONS}
         for judged in recipe.evals
@@ -63,12 +70,49 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
 def _model(recipe: Recipe) -> dict[str, Any]:
     config = recipe_config(recipe)
     language = _decoder(config.language.to_dict())
+    vision = _vision(config, language)
+    small = VlmixConfig(text_config=language, **vision)
     return {
         **recipe.model.model_dump(mode="json"),
-        **_vision(config, language),
+        **vision,
         "language_model": language,
         "tokenizer": {"train": {"vocab_size": _VOCABULARY, "samples": 20}},
+        "experts": [_mixture(mixture, config, small) for mixture in recipe.model.experts],
     }
+
+
+def _mixture(mixture: ExpertSettings, full: VlmixConfig, small: VlmixConfig) -> dict[str, Any]:
+    """A mixture of narrow experts; layers that are listed keep their place between first and last."""
+    raw = mixture.model_dump(mode="json")
+    if mixture.width is not None:
+        raw["width"] = min(mixture.width, _EXPERT_WIDTH)
+    if isinstance(mixture.layers, str) and isinstance(mixture.count, int):
+        return raw
+    before, after = _networks(full, mixture.place), _networks(small, mixture.place)
+    chosen = chosen_layers(mixture, before)
+    counts = [mixture.count] * len(chosen) if isinstance(mixture.count, int) else list(mixture.count)
+    counts = counts * len(chosen) if len(counts) == 1 else counts
+    kept = {layer * after // before: count for layer, count in zip(chosen, counts, strict=True)}
+    return {**raw, "layers": list(kept), "count": list(kept.values())}
+
+
+def _networks(config: VlmixConfig, place: str) -> int:
+    """Feed-forward networks of a part of the model."""
+    bare = copy.deepcopy(config)
+    bare.experts = None
+    return len(feed_forwards(shape_only(bare).model.get_submodule(place)))
+
+
+def _shrink_later(recipe: Recipe, raw: dict[str, Any]) -> None:
+    """The mixtures that stages put in."""
+    listed = [transform for stage in raw["stages"] for transform in stage["before"]]
+    later = [transform for transform in listed if transform["kind"] == "upcycle"]
+    if later:
+        model = raw["model"]
+        parts = {key: model[key] for key in ("image_size", "encoders", "views", "fusion", "projector")}
+        small = VlmixConfig(text_config=model["language_model"], **parts)
+        for transform, mixture in zip(later, later_experts(recipe), strict=True):
+            transform["experts"] = _mixture(mixture, recipe_config(recipe), small)
 
 
 def _vision(config: VlmixConfig, language: dict[str, Any]) -> dict[str, Any]:
@@ -111,13 +155,19 @@ def _part(registry: Registry[Any], raw: dict[str, Any], factor: int = 1) -> dict
 
 def _decoder(full: dict[str, Any]) -> dict[str, Any]:
     """A decoder of the same type with few layers and experts, heads grouped as before where that divides."""
-    small = {key: min(full[key], most) for key, most in _DECODER.items() if isinstance(full.get(key), int)}
+    found = {key: min(full[key], most) for key, most in _DECODER.items() if isinstance(full.get(key), int)}
+    small: dict[str, Any] = dict(found)
     small["hidden_size"] = SHRUNK_WIDTH
     if isinstance(groups := full.get("num_key_value_heads"), int):
         heads = small["num_attention_heads"]
         small["num_key_value_heads"] = max(1, heads * groups // full["num_attention_heads"])
     if isinstance(kinds := full.get("layer_types"), list):
         small["layer_types"] = kinds[: small["num_hidden_layers"]]
+    rope = full.get("rope_parameters") or {}
+    if "partial_rotary_factor" in rope:  # channels are turned in pairs
+        head = SHRUNK_WIDTH // small["num_attention_heads"]
+        pairs = max(1, round(head * rope["partial_rotary_factor"] / 2))
+        small["rope_parameters"] = {**rope, "partial_rotary_factor": 2 * pairs / head}
     default = CONFIG_MAPPING[full["model_type"]]().to_dict()
     changed = {key: value for key, value in full.items() if key in default and value != default[key]}
     left = {key: value for key, value in changed.items() if key not in _WORDS and not key.startswith("_")}
@@ -145,7 +195,8 @@ def _stage(stage: Stage, folder: Path) -> dict[str, Any]:
 
 def _data(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     weight = None if data["weight"] is None else 1.0
-    return {"source": _source(data["source"], folder), "weight": weight, "name": data["name"]}
+    kept = {"group": data["group"], "name": data["name"]}
+    return {"source": _source(data["source"], folder), "weight": weight, **kept}
 
 
 def _source(raw: dict[str, Any], folder: Path) -> dict[str, Any]:

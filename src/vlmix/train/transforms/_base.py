@@ -18,6 +18,16 @@ class Transform(ABC):
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
+    def reshape(self, model: PreTrainedModel) -> None:  # noqa: B027  (most transforms change no structure)
+        """Give ``model`` the structure it will have after ``apply``, and no new weights.
+
+        For a run that goes on from a checkpoint made after ``apply``, and for shapes on the meta device.
+
+        Raises:
+            PlanError: if the model cannot have that structure.
+
+        """
+
     @abstractmethod
     def apply(self, model: PreTrainedModel) -> str:
         """Change ``model`` in place and say in one line what was done.

@@ -1,0 +1,112 @@
+"""The loop over experts beside transformers' kernels: few rows and many, autocast, absent experts."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from vlmix.moe.experts import StackedExperts
+from vlmix.moe.kernels import LOOP, kernel_for, loop
+
+EXPERTS, CHOSEN, WIDTH, INNER = 5, 2, 16, 24
+# Rows for each way through the loop: one; few; so many that inner values are made one expert at a time.
+ROWS = (1, 9, 300)
+
+
+def experts(*, gated=True, bias=False, dtype=torch.float32):
+    config = PreTrainedConfig()
+    config._experts_implementation = None
+    torch.manual_seed(0)
+    made = StackedExperts(config, EXPERTS, (WIDTH, INNER, WIDTH), nn.SiLU(), gated=gated, bias=(bias, bias))
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return made.to(dtype)
+
+
+def rows(count, dtype=torch.float32):
+    """Rows, their experts and shares; the last expert is nobody's."""
+    generator = torch.Generator().manual_seed(1)
+    x_RD = torch.randn(count, WIDTH, generator=generator).to(dtype)
+    shares_RK, indices_RK = torch.rand(count, EXPERTS - 1, generator=generator).topk(CHOSEN)
+    return x_RD.requires_grad_(), indices_RK, shares_RK.requires_grad_()
+
+
+def gradients(y_RD, x_RD, shares_RK, made):
+    y_RD.float().square().sum().backward()
+    found = [x_RD.grad, shares_RK.grad, *(parameter.grad for parameter in made.parameters())]
+    x_RD.grad = shares_RK.grad = None
+    made.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("count", ROWS)
+@pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)])
+def test_the_loop_agrees_with_the_kernels(count, kernel, gated, bias):
+    made, (x_RD, indices_RK, shares_RK) = experts(gated=gated, bias=bias), rows(count)
+    near = {"rtol": 1e-5, "atol": 1e-4}  # sums of up to 300 rows in another order
+    ours, theirs = (run(made, x_RD, indices_RK, shares_RK) for run in (loop, ALL_EXPERTS_FUNCTIONS[kernel]))
+    assert_close(ours, theirs, **near)
+    for mine, other in zip(*(gradients(y, x_RD, shares_RK, made) for y in (ours, theirs)), strict=True):
+        assert_close(mine, other, **near)
+    with torch.no_grad():
+        assert_close(loop(made, x_RD, indices_RK, shares_RK), ours, **near)
+
+
+@pytest.mark.parametrize("count", ROWS)
+def test_autocast_computes_as_a_linear_does_and_gradients_stay_in_the_weights_precision(count):
+    made, (x_RD, indices_RK, shares_RK) = experts(bias=True), rows(count)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = made(x_RD, indices_RK, shares_RK)
+        assert under.dtype == nn.Linear(WIDTH, WIDTH)(x_RD).dtype == torch.bfloat16
+        with torch.no_grad():
+            unkept = made(x_RD, indices_RK, shares_RK)
+    low = experts(bias=True, dtype=torch.bfloat16)
+    assert_close(under, low(x_RD.bfloat16(), indices_RK, shares_RK), rtol=0, atol=0)
+    assert (unkept - under).float().norm() <= 0.01 * under.float().norm()
+    exact = gradients(made(x_RD, indices_RK, shares_RK), x_RD, shares_RK, made)
+    for near, far in zip(gradients(under, x_RD, shares_RK, made), exact, strict=True):
+        assert near.dtype == torch.float32
+        assert (near - far).norm() <= 0.02 * far.norm()
+
+
+def test_choices_of_experts_that_are_elsewhere_add_nothing():
+    made, (x_RD, indices_RK, shares_RK) = experts(bias=True), rows(9)
+    made._is_expert_parallel = True
+    away_RK = torch.zeros(9, CHOSEN, dtype=torch.bool)
+    away_RK[2:5, 1] = away_RK[7] = True
+    here = loop(made, x_RD, indices_RK, shares_RK * ~away_RK)
+    sent = loop(made, x_RD, indices_RK.masked_fill(away_RK, EXPERTS), shares_RK * ~away_RK)
+    assert_close(sent, here)
+    for mine, other in zip(*(gradients(y, x_RD, shares_RK, made) for y in (sent, here)), strict=True):
+        assert_close(mine, other, rtol=1e-5, atol=1e-4)  # other sums of rows
+    with torch.no_grad():
+        for some in (slice(None), slice(7, 8)):
+            assert_close(
+                loop(made, x_RD[some], indices_RK.masked_fill(away_RK, EXPERTS)[some], shares_RK[some]),
+                loop(made, x_RD[some], indices_RK[some], (shares_RK * ~away_RK)[some]),
+            )
+
+
+def test_frozen_weights_and_no_rows_need_no_special_care():
+    made, (x_RD, indices_RK, shares_RK) = experts().requires_grad_(False), rows(9)
+    loop(made, x_RD, indices_RK, shares_RK).sum().backward()
+    assert x_RD.grad is not None
+    assert all(parameter.grad is None for parameter in made.parameters())
+    assert loop(made, x_RD[:0], indices_RK[:0], shares_RK[:0]).shape == (0, WIDTH)
+
+
+def test_the_choice_of_a_kernel_explains_itself():
+    made = experts()
+    cpu, other = torch.device("cpu"), torch.device("cuda")
+    assert kernel_for(made, torch.float32, other) == ("grouped_mm", "")
+    reasons = {
+        "on a CPU": (torch.float32, cpu),
+        "float64": (torch.float64, other),
+    }
+    for reason, place in reasons.items():
+        name, why = kernel_for(made, *place)
+        assert name == LOOP
+        assert reason in why
