@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from vlmix.cli.console import out
 from vlmix.core.errors import InputError
 from vlmix.core.parts import BENCHMARKS
 
+if TYPE_CHECKING:
+    from vlmix.evals.routing import RoutingReport
 
-def evaluate(
+
+def evaluate(  # noqa: PLR0913, PLR0917 - each is an option of the command
     model: Path = typer.Argument(help="A model folder or a run folder."),
     benchmark: str = typer.Option(..., "--benchmark", "-b", help="One name or several, separated by commas."),
     data: Path = typer.Option(None, "--data", help="Folder of the benchmark's data, where it needs one."),
@@ -20,16 +25,25 @@ def evaluate(
     out_dir: Path = typer.Option(None, "--out", help="Report folder; MODEL/report-BENCHMARK if left out."),
     batch_size: int = typer.Option(64, "--batch-size", min=1, help="Questions answered at once."),
     settings: list[str] = typer.Option([], "--set", help="A benchmark setting as key=value, such as seed=7."),
+    routing: bool = typer.Option(
+        False,
+        "--routing",
+        help="Watch the experts while they answer: adds their load, paths, pictures of who sees which "
+        "patch, and a verdict to the report, and writes routing.json.",
+    ),
 ) -> None:
     """Judge MODEL on benchmarks and write report.html, results.json and answers.jsonl.
 
     Every figure comes with its 95 % interval, the majority answer, and the blind control: the same questions
     with the pictures exchanged.
+
+    --routing counts every token of the questions and answers once, by layer, expert and whether it is of a
+    picture or text; the controls are not counted. An expert's number means nothing outside its own layer.
     """
     names = [name for name in benchmark.split(",") if name]
     raws = [_raw(name, data, settings) for name in names]
 
-    from vlmix.cli.flow import judge, open_benchmark
+    from vlmix.cli.flow import judge, judge_watched, open_benchmark
     from vlmix.core.sample import Decoding
     from vlmix.evals.report import check_report_folder, write_report
     from vlmix.models.loading import model_folder
@@ -37,9 +51,15 @@ def evaluate(
     folder, target = model_folder(model), out_dir or model / f"report-{'-'.join(names)}"
     check_report_folder(target)
     benchmarks = [(open_benchmark(raw), limit) for raw in raws]
-    results = judge(folder, benchmarks, Decoding(batch_size=batch_size))
-    write_report(target, f"{model} on {', '.join(names)}", results)
+    decoding, seen = Decoding(batch_size=batch_size), None
+    if routing:
+        results, seen = judge_watched(folder, benchmarks, decoding)
+    else:
+        results = judge(folder, benchmarks, decoding)
+    write_report(target, f"{model} on {', '.join(names)}", results, routing=seen)
     show_results(results)
+    if seen is not None:
+        show_routing(seen)
     out().print(f"report  {target / 'report.html'}")
 
 
@@ -54,6 +74,18 @@ def _raw(name: str, data: Path | None, settings: list[str]) -> dict[str, object]
             raise InputError(f"--data {data}: no such folder")
         raw["path"] = str(data)
     return with_overrides(raw, settings)
+
+
+def show_routing(seen: RoutingReport) -> None:
+    """Print the verdict on the experts, each layer that is not balanced, and what the words mean."""
+    colour = "green" if seen.verdict.state == "balanced" else "yellow"
+    out().print(f"experts  [{colour}]{escape(seen.verdict.sentence)}[/]", soft_wrap=True)
+    for layer in seen.verdict.layers:
+        if layer.state != "balanced":
+            unused = f"; unused: {', '.join(map(str, layer.unused))}" if layer.unused else ""
+            used = f"{layer.effective:.1f} of {layer.experts} experts in effect"
+            out().print(f"  {layer.layer}: {layer.state}, {used}{unused}", markup=False, soft_wrap=True)
+    out().print(f"  {seen.rules}", style="dim", markup=False, soft_wrap=True)
 
 
 def show_results(results: list) -> None:

@@ -14,7 +14,9 @@ from vlmix.core.parts import BENCHMARKS, read_part
 from vlmix.core.sample import Decoding
 from vlmix.evals.report import read_curves, write_report
 from vlmix.evals.responder import ModelResponder
+from vlmix.evals.routing import RoutingReport, routing_report
 from vlmix.evals.run import EvalResult, evaluate
+from vlmix.evals.window import RoutingWindow
 from vlmix.models.loading import load
 from vlmix.train.recipe import Recipe
 from vlmix.train.records import read_metrics
@@ -49,12 +51,39 @@ def open_benchmark(raw: dict[str, Any]) -> Benchmark:
 
 def judge(model_path: Path, asked: Sequence[Asked], decoding: Decoding | None = None) -> list[EvalResult]:
     """Ask the model at ``model_path`` every benchmark's questions, with progress on standard error."""
-    responder = ModelResponder(*load(model_path))
+    return _asked_all(ModelResponder(*load(model_path)), asked, decoding)
+
+
+def judge_watched(
+    model_path: Path, asked: Sequence[Asked], decoding: Decoding | None = None
+) -> tuple[list[EvalResult], RoutingReport]:
+    """The same, and what its experts did while it answered.
+
+    Raises:
+        InputError: if it has none.
+
+    """
+    model, processor = load(model_path)
+    window, responder = RoutingWindow(model, processor), ModelResponder(model, processor)
+    results = _asked_all(responder, asked, decoding, window)
+    return results, routing_report(window, [sample for result in results for sample in result.samples])
+
+
+def _asked_all(
+    responder: ModelResponder,
+    asked: Sequence[Asked],
+    decoding: Decoding | None,
+    window: RoutingWindow | None = None,
+) -> list[EvalResult]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err()) as bars:
         return [
             evaluate(
-                responder, benchmark, decoding, limit=limit, progress=_Bars(bars, benchmark.settings.kind)
+                window.watch(responder) if window else responder,
+                benchmark,
+                decoding,
+                limit=limit,
+                progress=_Bars(bars, benchmark.settings.kind),
             )
             for benchmark, limit in asked
         ]

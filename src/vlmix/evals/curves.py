@@ -46,7 +46,9 @@ def read_curves(path: Path) -> list[Curve]:
         raise InputError(f"cannot read the metrics in {path}: {error}") from None
 
 
-def curves_of(rows: Iterable[Mapping[str, Json]], names: Sequence[str] = ("loss", "lr")) -> list[Curve]:
+def curves_of(
+    rows: Iterable[Mapping[str, Json]], names: Sequence[str] = ("loss", "lr", "balance")
+) -> list[Curve]:
     """One chart for each of ``names`` from metrics rows ``{"step", "stage", name…}``, one line a stage.
 
     Where a stage counts its steps from the start again, it is put behind the stage before it. A row

@@ -64,7 +64,7 @@ def _card(sample: Sample, answer: Answer, score: Score) -> Card:
     return Card(
         sample_id=sample.id,
         task=sample.task,
-        pictures=[_picture(image) for image in sample.images[:_PICTURES]],
+        pictures=[picture_of(image) for image in sample.images[:_PICTURES]],
         hidden_pictures=max(0, len(sample.images) - _PICTURES),
         question=_short(question_of(sample).turns[-1].text.strip()),
         answer=_short(answer.text),
@@ -78,7 +78,8 @@ def _short(text: str) -> str:
     return text if len(text) <= _LETTERS else text[:_LETTERS] + "…"
 
 
-def _picture(reference: ImageRef) -> Picture:
+def picture_of(reference: ImageRef) -> Picture:
+    """A picture, made small enough for a page, or why it cannot be shown."""
     try:
         image = reference.open()
     except ImageError as error:

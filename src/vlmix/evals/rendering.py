@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlmix.evals.curves import Curve, thinned, ticks
 from vlmix.evals.gallery import Card, pick_cards
+from vlmix.evals.routing import RoutingReport
 from vlmix.evals.run import EvalResult, Outcome
 from vlmix.evals.statistics import Interval
 
@@ -96,6 +97,7 @@ def render_page(
     recipe_text: str = "",
     notes: Sequence[str] = (),
     gallery: int = 12,
+    routing: RoutingReport | None = None,
 ) -> str:
     """The page as text; the same arguments give the same page."""
     environment = Environment(
@@ -112,6 +114,7 @@ def render_page(
         curves=[_curve_view(curve) for curve in curves if any(series.points for series in curve.series)],
         recipe_text=recipe_text,
         notes=notes,
+        routing=routing,
         versions=dict(results[0].versions) if results else {},
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in an answer must not stop it

@@ -1,5 +1,6 @@
 """A report folder: ``results.json`` for programs, ``answers.jsonl`` for doubters, ``report.html`` for people.
 
+``routing.json`` is there too where experts were watched.
 Neither time nor batch size is in the results, so judging again gives the same bytes; both are in
 ``timing.json``.
 """
@@ -17,12 +18,14 @@ from vlmix.core.files import publish, write_json, write_text
 from vlmix.evals.controls import majority_answer, majority_by_task, question_of, targets_of
 from vlmix.evals.curves import Curve, read_curves
 from vlmix.evals.rendering import render_page
+from vlmix.evals.routing import RoutingReport
 from vlmix.evals.run import EvalResult, Outcome
 from vlmix.evals.statistics import Interval
 
-__all__ = ["SCHEMA", "Curve", "as_json", "check_report_folder", "read_curves", "write_report"]
+__all__ = ["ROUTING", "SCHEMA", "Curve", "as_json", "check_report_folder", "read_curves", "write_report"]
 
 SCHEMA = "vlmix.results/1"
+ROUTING = "routing.json"
 _RESULTS = "results.json"
 _DIGITS = 6
 
@@ -42,7 +45,7 @@ def check_report_folder(folder: Path) -> None:
         )
 
 
-def write_report(
+def write_report(  # noqa: PLR0913  (each is a part of the page)
     folder: Path,
     title: str,
     results: Sequence[EvalResult],
@@ -51,11 +54,12 @@ def write_report(
     recipe_text: str = "",
     notes: Sequence[str] = (),
     gallery: int = 12,
+    routing: RoutingReport | None = None,
 ) -> Path:
-    """Write the four files as a whole folder, replacing an older report, and return the page's path.
+    """Write the files as a whole folder, replacing an older report, and return the page's path.
 
     ``notes`` are sentences shown above the details, such as what was quarantined; ``gallery`` is the
-    number of answers shown with their pictures for each benchmark.
+    number of answers shown with their pictures for each benchmark; ``routing`` adds what experts did.
 
     Raises:
         InputError: if ``folder`` holds something that is not a report.
@@ -63,7 +67,15 @@ def write_report(
 
     """
     check_report_folder(folder)
-    page = render_page(title, results, curves=curves, recipe_text=recipe_text, notes=notes, gallery=gallery)
+    page = render_page(
+        title,
+        results,
+        curves=curves,
+        recipe_text=recipe_text,
+        notes=notes,
+        gallery=gallery,
+        routing=routing,
+    )
     found = {
         "schema": SCHEMA,
         "title": title,
@@ -74,6 +86,8 @@ def write_report(
         write_json(temporary / _RESULTS, found)
         write_text(temporary / "answers.jsonl", "".join(map(_answer_lines, results)))
         write_json(temporary / "timing.json", {result.benchmark: _timing(result) for result in results})
+        if routing is not None:
+            write_json(temporary / ROUTING, routing.to_json())
         write_text(temporary / "report.html", page)
     return folder / "report.html"
 

@@ -1,0 +1,124 @@
+"""Watch a model's experts while it answers: every question counts once, prompt and answer, padding not."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from vlmix.core.errors import InputError
+from vlmix.core.interfaces import Router
+from vlmix.core.sample import Answer, Decoding, Responder, Sample
+from vlmix.evals.controls import question_of
+from vlmix.moe.balance import Positions
+from vlmix.moe.recorder import RoutingRecorder, notes_of
+
+if TYPE_CHECKING:
+    from vlmix.models.modeling import VlmixForConditionalGeneration
+    from vlmix.models.processing import VlmixProcessor
+
+EXAMPLES = 3
+
+
+class RoutingWindow:
+    """A recorder that listens to one model.
+
+    Raises:
+        InputError: if the model has no experts.
+
+    """
+
+    def __init__(self, model: VlmixForConditionalGeneration, processor: VlmixProcessor) -> None:
+        notes = notes_of(model)
+        if not any(isinstance(module, Router) for module in model.modules()):
+            raise InputError(
+                "--routing: this model has no experts, so nothing is routed. Leave --routing out, or give "
+                "its recipe a mixture (`model.experts`, or `upcycle` before a stage)"
+            )
+        self.model, self.processor, self.recorder = model, processor, RoutingRecorder(notes)
+        self._stops = torch.tensor(processor.stop_token_ids)
+        self._over = torch.zeros(0, dtype=torch.bool)
+
+    @contextmanager
+    def open(self) -> Generator[None]:
+        """Count every forward pass inside the ``with``."""
+        handle = self.model.register_forward_hook(self._saw, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def watch(self, responder: Responder) -> Responder:
+        """The same responder, whose first series of questions is counted; later ones (controls) are not."""
+        return _Watched(self, responder)
+
+    def show(self, samples: Iterable[Sample], most: int = EXAMPLES) -> list[Sample]:
+        """Keep where each patch of a few pictures goes, one picture a task; gives the samples that were kept.
+
+        Each is asked alone, so where a router lets tokens of a batch compete, they compete among themselves.
+        """
+        kept: list[Sample] = []
+        for sample in _one_of_each_task(samples):
+            if len(kept) == most:
+                break
+            if self._keep(sample):
+                kept.append(sample)
+        return kept
+
+    @torch.inference_mode()
+    def _keep(self, sample: Sample) -> bool:
+        try:
+            encoded = self.processor.encode(question_of(sample), supervise=False)
+            batch = self.processor.collate([encoded])
+        except InputError:
+            return False  # it was counted as failed where it was asked
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items() if name != "labels"}
+        output = self.model(**inputs)
+        positions = self._positions(inputs["input_ids"], inputs["attention_mask"].bool())
+        self.recorder.keep(sample.id, output.routing or (), positions)
+        return True
+
+    def _saw(self, module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """One forward pass of ``generate``: the prompts, or one more token of each answer."""
+        ids_BT, mask_BT = kwargs["input_ids"], kwargs.get("attention_mask")
+        past = output.past_key_values
+        again = past is not None and past.get_seq_length() > ids_BT.shape[1]
+        if again:
+            # A row that is done is fed its end token, then padding, until the last row of its batch is done.
+            self._over |= torch.isin(ids_BT[:, -1].cpu(), self._stops)
+            real_BT = ~self._over.unsqueeze(1).expand(ids_BT.shape)
+        else:
+            self._over = torch.zeros(len(ids_BT), dtype=torch.bool)
+            # `generate` leaves a mask out that hides nothing.
+            real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        self.recorder.add(output.routing or (), self._positions(ids_BT, real_BT), again=again)
+
+    def _positions(self, ids_BT: Tensor, real_BT: Tensor) -> Positions:
+        return Positions(real_BT, ids_BT == self.model.config.image_token_id)
+
+
+class _Watched:
+    def __init__(self, window: RoutingWindow, responder: Responder) -> None:
+        self._window, self._responder, self._done = window, responder, False
+
+    def respond(self, samples: Iterable[Sample], decoding: Decoding) -> Iterator[Answer]:
+        answers = self._responder.respond(samples, decoding)
+        if self._done:
+            yield from answers
+            return
+        self._done = True
+        with self._window.open():
+            yield from answers
+
+
+def _one_of_each_task(samples: Iterable[Sample]) -> Sequence[Sample]:
+    """The first sample with a picture of every task, then the second ones."""
+    tasks: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.images:
+            tasks.setdefault(sample.task, []).append(sample)
+    ranked = [(rank, sample) for rows in tasks.values() for rank, sample in enumerate(rows[:EXAMPLES])]
+    return cast("list[Sample]", [sample for _, sample in sorted(ranked, key=lambda pair: pair[0])])
