@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 def test_transforms_are_listed_by_file_and_have_tiny_settings():
-    assert TRANSFORMS.names() == ["load_encoder", "reinitialise"]
+    assert TRANSFORMS.names() == ["load_encoder", "reinitialise", "replicate", "upcycle"]
     for name in TRANSFORMS.names():
         assert TRANSFORMS.get(name).settings_class.tiny().kind == name
         assert TRANSFORMS.summary(name)

@@ -123,7 +123,8 @@ def test_plan_is_the_truth_for_every_fusion(fusion):
         assert fusion in str(error)  # noqa: PT017  (a fusion that refuses these two must say who refuses)
         return
     network = model(fusion=raw)
-    tokens = network.get_image_features(torch.rand(2, 3, 32, 32)).pooler_output
+    asked = torch.ones(1, 1, dtype=torch.int64)
+    tokens = network.get_image_features(torch.rand(2, 3, 32, 32), instruction_ids=asked).pooler_output
     assert tokens.shape == (2, planned.tokens, network.config.width)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vlmix.core.errors import RecipeError
 from vlmix.train import order as module
-from vlmix.train.order import DataOrder, RowId
+from vlmix.train.order import DataOrder, RowId, group_weights
 
 
 def plan(sizes, weights=None, batch_size=3, seed=(0, 0), **length):
@@ -46,6 +46,30 @@ def test_weights_are_shares_and_a_source_is_dealt_whole_before_it_repeats(weight
         draws = [counts[source, row] for row in range(sizes[source])]
         assert sum(draws) == pytest.approx(weight / sum(weights) * 6 * sum(sizes), abs=6)
         assert max(draws) - min(draws) <= 1
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(10, 60)), min_size=2, max_size=6),
+    st.integers(0, 5),
+)
+def test_groups_share_alike_and_their_sources_by_rows(mix, seed):
+    groups, sizes = [name for name, _ in mix], [size for _, size in mix]
+    order = plan(sizes, group_weights(groups, sizes), seed=(seed, 0), epochs=6)
+    draws = Counter(row.source for row in drawn(order))
+    for name in {*groups}:
+        members = [source for source, of in enumerate(groups) if of == name]
+        rows = sum(sizes[source] for source in members)
+        # An epoch rounds each source's share to whole draws, six times alike.
+        assert sum(draws[s] for s in members) == pytest.approx(
+            6 * sum(sizes) / len({*groups}), abs=6 * len(mix)
+        )
+        for source in members:
+            share = sizes[source] / rows / len({*groups})
+            assert draws[source] == pytest.approx(6 * sum(sizes) * share, abs=6)
+
+
+def test_without_groups_there_are_no_weights():
+    assert group_weights(["", ""], [3, 4]) == [None, None]
 
 
 def test_any_step_can_be_asked_for_in_any_order_and_from_a_fresh_process(monkeypatch):

@@ -79,6 +79,12 @@ def test_a_recipe_reads_as_written_with_defaults_filled_in(base):
             "{source: {kind: synth}, weight: 2}, {source: {kind: synth}}",
             "every source a `weight`",
         ),
+        (
+            "{source: {kind: synth}}",
+            "{source: {kind: synth}, group: a}, {source: {kind: synth}}",
+            "every source a `group`",
+        ),
+        ("{source: {kind: synth}}", "{source: {kind: synth}, group: a, weight: 1}", "a `group` decides"),
         ("{kind: clip,", "{kind: clipp,", r"model\.encoders\.0: no encoder called 'clipp'.*'clip'"),
         ("{kind: patch_mining}", "{kind: patch_minin}", r"model\.fusion: no fusion called.*'patch_mining'"),
         ("fusion: {kind: patch_mining}", "fusion: {}", r"model\.fusion: `kind` is required"),
