@@ -160,6 +160,7 @@ def test_gradients_are_finite_and_reach_every_parameter(registry, name):
             assert bool(gradient.any()) == (key not in inert), key
 
 
+@pytest.mark.slow
 @each_part
 def test_state_round_trip_and_determinism(registry, name):
     for _, build, run in cases(registry, name):
@@ -170,6 +171,7 @@ def test_state_round_trip_and_determinism(registry, name):
         assert torch.equal(run(second, torch.float32).tokens, expected)
 
 
+@pytest.mark.slow
 @each_part
 def test_bfloat16_runs_forward_and_backward(registry, name):
     for _, build, run in cases(registry, name):
@@ -182,6 +184,7 @@ def test_bfloat16_runs_forward_and_backward(registry, name):
             assert all(p.grad is None or p.grad.isfinite().all() for p in part.parameters())
 
 
+@pytest.mark.slow
 @each_part
 def test_shapes_alone_and_reset(registry, name):
     """A part has no value that only a real device could hold, and `reset` leaves it fit to run."""
@@ -230,6 +233,7 @@ def test_levels_are_as_promised_and_their_stack_is_the_map(name):
     torch.testing.assert_close(stacked, whole.tokens)
 
 
+@pytest.mark.slow
 @each_encoder
 def test_the_published_size_runs_on_shapes_alone(name):
     cls = ENCODERS.get(name)

@@ -75,6 +75,7 @@ def sample(*sizes):
     return Sample("s", (Turn("user", (*shown, "What is shown?")), Turn("assistant", ("A tall picture.",))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sees", ["views", "picture"])
 @each_kind
 @torch.no_grad()
@@ -146,6 +147,7 @@ def test_a_row_answers_alone_as_it_does_among_others(kind):
         assert torch.equal(rows[0], torch.cat(rows[1:]))
 
 
+@pytest.mark.slow
 @each_kind
 def test_costs_are_counted_on_shapes(kind):
     settings = config(kind, sees=scope_of(kind))

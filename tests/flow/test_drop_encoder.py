@@ -22,15 +22,17 @@ pytestmark = pytest.mark.flow
 
 EYES = ["clip", "convnext", "dinov2"]
 IDS = torch.tensor([[2, 5, 7, 11, 13]])
+EXPERTS = [{"place": place, "layers": "all"} for place in ("encoders.1", "language_model")]
 
 
-def saved(folder, fusion, projector="mlp", eyes=EYES):
+def saved(folder, fusion, projector="mlp", eyes=EYES, experts=None):
     torch.manual_seed(0)
     config = VlmixConfig(
         text_config=text_config(),
         encoders=[part(ENCODERS, eye) for eye in eyes],
         fusion=fusion,
         projector=part(PROJECTORS, projector),
+        experts=experts,
         image_size=32,
         image_token_id=PLACEHOLDER,
     )
@@ -79,6 +81,24 @@ def test_the_smaller_model_is_the_larger_one_that_sees_zeros(norm, index, projec
     # 1e-6: the sums of the first layer's rows lose zeros, which changes their order
     torch.testing.assert_close(answers(small), blind, atol=1e-6, rtol=0)
     assert (seeing - blind).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_experts_go_and_move_with_the_encoder_they_are_in(index, tmp_path):
+    model = saved(tmp_path / "large", {"kind": "channel_concat"}, eyes=["clip", "dinov2"], experts=EXPERTS)
+    drop_encoder(tmp_path / "large", tmp_path / "small", index)
+    small = VlmixForConditionalGeneration.from_pretrained(tmp_path / "small").eval()
+    places = [mixture.place for mixture in small.config.expert_settings()]
+    assert places == (["encoders.0", "language_model"] if index == 0 else ["language_model"])
+    torch.testing.assert_close(answers(small), answers(blinded(model, index)), atol=1e-6, rtol=0)
+
+
+def test_a_projector_of_experts_is_not_cut(tmp_path):
+    saved(tmp_path / "large", {"kind": "channel_concat"}, eyes=["clip", "dinov2"])
+    config = json.loads((tmp_path / "large/config.json").read_text())
+    (tmp_path / "large/config.json").write_text(json.dumps({**config, "experts": [{"place": "projector"}]}))
+    with pytest.raises(CheckpointError, match="the projector holds experts"):
+        drop_encoder(tmp_path / "large", tmp_path / "small", 0)
 
 
 def test_everything_else_comes_along_but_not_the_way_back(tmp_path):

@@ -34,6 +34,13 @@ def test_a_stage_may_start_from_another_model(whole, tmp_path):
         train(one_stage(start_from=str(whole[0] / "model")), tmp_path / "other")
 
 
+def test_experts_of_the_other_model_must_be_those_of_this_one(whole, tmp_path):
+    start = {"tokenizer": {"weights": str(whole[0] / "model")}, "experts": [{"layers": "all"}]}
+    only = stage("a", {"projector.*": 1e-9}, synth("colour"), steps=1, start_from=str(whole[0] / "model"))
+    with pytest.raises(CheckpointError, match=r"has 0 layers of experts.*so far, \d"):
+        train(recipe(model={**TINY["model"], **start}, stages=[only]), tmp_path / "run")
+
+
 def test_published_weights_are_loaded_where_the_recipe_names_them(tmp_path):
     source = build(one_stage())
     source.model.model.language_model.save_pretrained(tmp_path / "words")

@@ -155,6 +155,7 @@ def test_the_way_back_gives_the_same_tensors_and_config(name, folders, tmp_path)
     assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 @each
 @torch.no_grad()
 def test_a_model_that_forgot_where_it_came_from_is_written_and_read_the_same(name, folders, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from tests import tiny
 from vlmix.core.adapters import AdapterSettings
 from vlmix.core.errors import PlanError, RecipeError
 from vlmix.core.parts import ENCODERS
@@ -196,6 +197,20 @@ def test_every_linear_of_an_encoder_takes_part_through_its_adapter(kind):
     model.encoders[0](torch.rand(2, 3, 64, 64)).tokens.square().sum().backward()
     inert = {name for name, layer in layers(model).items() if layer.lora_B["adapter_0"].weight.grad is None}
     assert not inert
+
+
+def test_a_router_is_left_alone_for_an_adapter_there_would_never_be_called():
+    mixture = {"scope": "instance", "layers": "all", "router": {"kind": "instance"}}
+    for kind in ({"kind": "adapter", "width": 4}, {"kind": "lora", "width": 4}, {"residual": True}):
+        config = tiny.config()
+        config.experts = [{**mixture, **kind}]
+        config.adapters = [{"match": ["language_model.*"], "rank": 2}]
+        model = VlmixForConditionalGeneration(config)
+        ids = torch.tensor([[2, 5, 7, 11]])
+        model(input_ids=ids, instruction_ids=ids, labels=ids).loss.backward()
+        adapters = {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
+        assert any("mlp.dense" in name for name in adapters)
+        assert not [name for name, weight in adapters.items() if weight.grad is None]
 
 
 @pytest.mark.parametrize(

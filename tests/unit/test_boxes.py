@@ -104,6 +104,7 @@ def test_paint_is_the_published_paint() -> None:
         ] == [True] * 3
 
 
+@pytest.mark.slow
 def test_a_sentence_alone_says_nothing() -> None:
     """A reader of words alone, taught by one half of the statements, is at chance on the other half."""
     rng, balance, said = Random(5), Balance(), list[tuple[set[str], bool]]()

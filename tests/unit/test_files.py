@@ -74,6 +74,7 @@ def steps_of_a_save(tmp_path: Path) -> int:
     return trap.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("error", [Killed(), FULL])
 def test_a_save_that_fails_at_any_system_call_leaves_old_or_new(tmp_path, error, exchange):

@@ -180,6 +180,7 @@ def test_the_published_splits_are_whole(split: str) -> None:
     assert majority == pytest.approx({"dev": 547 / 989, "hidden": 546 / 985}[split])
 
 
+@pytest.mark.slow
 def test_no_sentence_is_shared_between_training_and_judging() -> None:
     folder = SHARED / "data" / "nlvr"
     if not folder.exists():

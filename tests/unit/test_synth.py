@@ -41,6 +41,7 @@ def test_two_seeds_share_no_sample():
     assert len(seen(0) | seen(1)) == 6000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [t for t in QUESTION_TASKS if t != "text_digits"])
 @pytest.mark.parametrize("difficulty", [0.25, 1.0])
 def test_the_question_alone_tells_nothing(task, difficulty):
@@ -80,6 +81,7 @@ def test_scenes_show_what_the_answer_says():
             assert question.split()[3] in present
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 def test_counts_and_sides_agree_with_blobs(difficulty):
     settings = SynthSettings(size=200, tasks=("count", "relation"), noise=0, difficulty=difficulty)

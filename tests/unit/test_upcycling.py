@@ -84,6 +84,25 @@ def test_active_parameters_are_those_of_the_dense_model_and_the_routers():
     assert active_parameters(model) == dense + routers
 
 
+def test_a_list_of_counts_goes_with_the_list_of_layers_in_any_order():
+    model = tiny.model()
+    upcycle_model(model, ExpertSettings(layers=(1, 0), count=(2, 3)))
+    assert [layer.router_experts for layer in expert_layers(model)] == [3, 2]
+
+
+def test_adapters_inside_the_networks_are_refused_and_others_stay():
+    for match, refused in [("language_model.*self_attn*", False), ("language_model.*layers.0.*", True)]:
+        config = tiny.config()
+        config.adapters = [{"match": [match], "rank": 2}]
+        model = VlmixForConditionalGeneration(config).eval()
+        for change in (upcycle_model, reshape_model):
+            if refused:
+                with pytest.raises(PlanError, match="adapters are in"):
+                    change(model, ExpertSettings())
+        if not refused:
+            assert upcycle_model(model, ExpertSettings()).change < NOTHING
+
+
 def test_places_and_what_is_refused():
     def chosen(layers):
         return chosen_layers(ExpertSettings(layers=layers), 5)
@@ -91,7 +110,7 @@ def test_places_and_what_is_refused():
     assert chosen("interval") == [0, 2, 4]
     assert chosen("first_half") == [0, 1]
     assert chosen("second_half") == [2, 3, 4]
-    assert chosen([3, 1]) == [1, 3]
+    assert chosen([3, 1]) == [3, 1]
     for layers, settings, word in [
         ([5], {}, "there are 2"),
         ("all", {"count": [2, 3, 4]}, "3 numbers for 2 layers"),
@@ -99,6 +118,7 @@ def test_places_and_what_is_refused():
         ("all", {"router": {"kind": "expert_choice"}}, "before it is written"),
         ("all", {"scope": "instance"}, "the answer included"),
         ("all", {"place": "fusion"}, "nothing that experts could replace"),
+        ("all", {"place": "encoders.7"}, "no encoders.7"),
     ]:
         with pytest.raises(PlanError, match=word):
             upcycle_model(tiny.model(), ExpertSettings(layers=layers, **settings))

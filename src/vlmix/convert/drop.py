@@ -65,6 +65,10 @@ def _check(config: VlmixConfig, index: int) -> None:
             "an encoder can be cut out where channel_concat meets a projector of kind "
             f"{' or '.join(_FIRST)}; this model has {fusion} and {projector}"
         )
+    if any(mixture.place == "projector" for mixture in config.expert_settings()):
+        raise CheckpointError(
+            "the projector holds experts, each of which reads all encoders: none can be cut out"
+        )
     if config.adapters:
         raise CheckpointError("the model holds low-rank adapters; merge them first, with --merge-adapters")
     if not 0 <= index < len(kinds):
@@ -85,7 +89,17 @@ def _without(config: VlmixConfig, raw: dict[str, Any], index: int) -> dict[str, 
     if fusion["grid"] is None and index == 0:
         fusion["grid"] = list(config.plan().fused.grid)
     kept = [part for number, part in enumerate(config.encoders or []) if number != index]
-    return {**raw, "encoders": kept, "fusion": fusion}
+    return {**raw, "encoders": kept, "fusion": fusion, "experts": _mixtures(config, index) or None}
+
+
+def _mixtures(config: VlmixConfig, index: int) -> list[dict[str, Any]]:
+    """Mixtures of what stays; those in encoders behind the one that goes move up with them."""
+    places = {f"encoders.{n}": f"encoders.{n - (n > index)}" for n in range(len(config.encoders or []))}
+    return [
+        mixture.model_copy(update={"place": places.get(mixture.place, mixture.place)}).model_dump(mode="json")
+        for mixture in config.expert_settings()
+        if mixture.place != f"encoders.{index}"
+    ]
 
 
 def _write_weights(new: Path, folder: PublishedFolder, config: VlmixConfig, index: int, told: Told) -> None:

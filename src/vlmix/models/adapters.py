@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from vlmix.core.adapters import AdapterSettings, adapter_name
 from vlmix.core.errors import PlanError
-from vlmix.core.interfaces import Part
+from vlmix.core.interfaces import Part, Router
 from vlmix.models.configuration import VlmixConfig
 
 _SIDES = ("encoders.", "language_model.")
@@ -131,7 +131,9 @@ def _peft_config(settings: AdapterSettings) -> LoraConfig:
 def _linears(model: nn.Module, head: nn.Module | None) -> dict[str, nn.Module]:
     """The Linears that may have an adapter, bare or wrapped, by name."""
     wrapped = _wrapped(model)
-    inside = tuple(f"{name}." for name in wrapped)
+    # Routers read their weights in float32 without calling the Linear, past any adapter.
+    routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
+    inside = tuple(f"{name}." for name in (*wrapped, *routers))
     return {
         name: module
         for name, module in model.named_modules()

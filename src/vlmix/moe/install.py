@@ -84,7 +84,12 @@ def _replaced(
 
 def _places(model: nn.Module, settings: ExpertSettings, *, causal: bool) -> list[_Place]:
     _check_router(settings, causal=causal)
-    root = model.get_submodule(settings.place)
+    try:
+        root = model.get_submodule(settings.place)
+    except AttributeError:
+        raise PlanError(
+            f"experts.place: this model has no {settings.place}; encoders are counted from 0"
+        ) from None
     prefix = f"{settings.place}." if settings.place else ""
     found = {
         f"{prefix}{name}".rstrip("."): shape
@@ -101,12 +106,12 @@ def _places(model: nn.Module, settings: ExpertSettings, *, causal: bool) -> list
     counts = _counts(settings, len(chosen))
     return [
         _Place(names[index], model.get_submodule(names[index]), found[names[index]], count)
-        for index, count in zip(chosen, counts, strict=True)
+        for index, count in sorted(zip(chosen, counts, strict=True))
     ]
 
 
 def chosen_layers(settings: ExpertSettings, networks: int) -> list[int]:
-    """The numbers of the networks, of so many, that get experts.
+    """The numbers of the networks, of so many, that get experts, in the order of the settings.
 
     Raises:
         PlanError: if a number is too large or given twice.
@@ -126,7 +131,7 @@ def chosen_layers(settings: ExpertSettings, networks: int) -> list[int]:
             f"experts.layers: {list(settings.layers)} must name networks of {settings.place} once each; "
             f"there are {networks}, counted from 0"
         )
-    return sorted(settings.layers)
+    return list(settings.layers)
 
 
 def _counts(settings: ExpertSettings, layers: int) -> Sequence[int]:

@@ -24,6 +24,7 @@ from vlmix.models.batching import Encoded, Opened
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.plan import shape_only
 from vlmix.models.processing import VlmixProcessor
+from vlmix.moe.install import expert_layers
 from vlmix.train import checkpoint
 from vlmix.train.build import Setup, open_sources, stage_processor
 from vlmix.train.checkpoint import CHECKPOINTS, Found, RunState
@@ -281,11 +282,12 @@ def load_model_weights(model: VlmixForConditionalGeneration, folder: str) -> Non
     start anew.
 
     Raises:
-        CheckpointError: if it is another kind of model, or a tensor does not fit.
+        CheckpointError: if it is another kind of model, has other experts, or a tensor does not fit.
 
     """
     other = VlmixForConditionalGeneration.from_pretrained(folder, local_files_only=True)
     theirs, tensors = other.config.adapter_settings(), other.state_dict()
+    _check_experts(other, model, folder)
     try:
         if theirs == model.config.adapter_settings():
             model.load_state_dict(tensors)
@@ -295,3 +297,16 @@ def load_model_weights(model: VlmixForConditionalGeneration, folder: str) -> Non
         reset_adapters(model)
     except RuntimeError as error:
         raise CheckpointError(f"start_from: the weights of {folder} do not fit: {error}") from None
+
+
+def _check_experts(
+    other: VlmixForConditionalGeneration, model: VlmixForConditionalGeneration, folder: str
+) -> None:
+    theirs, ours = ({layer.name: layer.router_experts for layer in expert_layers(m)} for m in (other, model))
+    if theirs != ours:
+        raise CheckpointError(
+            f"start_from: {folder} has {len(theirs)} layers of experts, and the model of this stage, so far, "
+            f"{len(ours)}; places and numbers of experts must be the same. Where the folder is dense, take "
+            "the mixture out of `model.experts` and put it into this stage, `before: [{kind: upcycle, …}]`, "
+            "which comes after start_from; else give the recipe the folder's mixtures in `model.experts`"
+        )

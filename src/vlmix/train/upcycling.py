@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmix.core.errors import PlanError
 from vlmix.core.experts import ExpertSettings
+from vlmix.models.adapters import bare
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.mixtures import active_parameters
 from vlmix.models.modeling import VlmixForConditionalGeneration
@@ -19,6 +21,7 @@ from vlmix.moe.experts import StackedExperts
 from vlmix.moe.install import DECODER, install, upcycle
 from vlmix.moe.kernels import kernel_for
 from vlmix.moe.layer import ExpertLayer
+from vlmix.moe.structure import feed_forwards
 
 _PROBE_TOKENS: Final = 16
 # Gradients of a mean cross entropy that are rounding noise: exact copies give 1e-9 to 1e-7, one percent of
@@ -66,10 +69,11 @@ def upcycle_model(model: PreTrainedModel, settings: ExpertSettings) -> UpcycleRe
     """Put the mixture into ``model``, whose weights become the experts', and note it in its configuration.
 
     Raises:
-        PlanError: if there is nothing to replace, or the router cannot work there.
+        PlanError: if there is nothing to replace, the router cannot work there, or adapters are in the way.
 
     """
     whole = cast("VlmixForConditionalGeneration", model)
+    _check_adapters(whole, settings)
     training, count = whole.training, parameter_count(whole)
     whole.eval()
     inputs = _probe_inputs(whole, settings)
@@ -98,8 +102,25 @@ def reshape_model(model: PreTrainedModel, settings: ExpertSettings) -> None:
 
     """
     whole = cast("VlmixForConditionalGeneration", model)
+    _check_adapters(whole, settings)
     install(whole.model, settings, whole.config, causal=settings.place == DECODER)
     _note(whole, settings)
+
+
+def _check_adapters(model: VlmixForConditionalGeneration, settings: ExpertSettings) -> None:
+    """Networks with adapters inside would not be found, and those behind them miscounted."""
+    if not model.config.adapters:
+        return
+    seen = feed_forwards(model.model).keys()
+    with bare(model):
+        hidden = sorted(feed_forwards(model.model).keys() - seen)
+    blocked = [name for name in hidden if name.startswith(settings.place)]
+    if blocked:
+        raise PlanError(
+            f"experts: adapters are in {blocked[0]} and {len(blocked) - 1} more feed-forward networks of "
+            f"{settings.place}. Let `model.adapters` match what experts leave alone, such as "
+            f"{settings.place}.*self_attn*, or merge them before the experts, with --merge-adapters"
+        )
 
 
 def _note(model: VlmixForConditionalGeneration, settings: ExpertSettings) -> None:
