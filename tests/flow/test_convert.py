@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 import vlmix
 from tests.tiny import text_config
 from vlmix.cli.main import app
+from vlmix.convert._source import PublishedFolder
 from vlmix.convert.export import export
 from vlmix.convert.run import convert
 from vlmix.core.errors import CheckpointError
@@ -278,3 +280,11 @@ def test_plain_tensors_of_a_bin_file_are_read(peer, published, tmp_path):
     (published / "model.safetensors").unlink()
     torch.save(tensors, published / "pytorch_model.bin")
     assert convert(published, tmp_path / "ours").moved > 40
+
+
+def test_a_header_that_is_no_object_is_damaged(tmp_path):
+    header = b"[1, 2]"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match="header is damaged"):
+        _ = PublishedFolder(tmp_path, tmp_path).tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from transformers import (
 
 from tests.layouts import CHANNELS, SIDE, WIDTH, llava, mini_gemini, written
 from tests.tiny import text_config
-from vlmix.convert._source import PublishedFolder
 from vlmix.convert.export import export
 from vlmix.convert.families.eagle import _eva02_global
 from vlmix.convert.registry import FAMILIES
@@ -395,11 +393,3 @@ def test_eight_bits_and_numbers_that_are_not_finite_are_refused_wherever_they_ar
     with pytest.raises(CheckpointError, match=r"bin/pytorch_model\.bin: lm_head\.weight holds"):
         convert(given, tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "given"]
-
-
-def test_a_header_that_is_no_object_is_damaged(tmp_path):
-    header = b"[1, 2]"
-    written(tmp_path, {}, {})
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(CheckpointError, match="header is damaged"):
-        _ = PublishedFolder(tmp_path, tmp_path).tensors

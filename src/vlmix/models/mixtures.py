@@ -34,6 +34,8 @@ def auxiliary_loss(
         VlmixError: if the routers train but could not get a gradient.
 
     """
+    if not routings:
+        return None
     layers = {layer.name: layer for layer in expert_layers(model)}
     routings = [routing for routing in routings if routing.layer in layers]  # fusions route too
     groups: dict[int, tuple[ExpertSettings, list[Routing]]] = {}
