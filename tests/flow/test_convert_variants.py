@@ -17,6 +17,7 @@ from transformers import (
 
 from tests.layouts import CHANNELS, SIDE, WIDTH, llava, mini_gemini, written
 from tests.tiny import text_config
+from vlmix.convert._source import PublishedFolder
 from vlmix.convert.export import export
 from vlmix.convert.families.eagle import _eva02_global
 from vlmix.convert.registry import FAMILIES
