@@ -4,7 +4,9 @@ Same weights and the same random choices for all: k of E experts a token, each S
 pass and the gradients of weights, tokens and shares. Times are taken in turns; ratios are eager's time over
 the other's in the same turn, so above 1 is faster than eager. On a CPU they are times of this process, which
 others on the machine disturb less; on an accelerator achieved TFLOP/s are given too. Peak memory is that of
-one step beyond weights and inputs, on the CPU in a process of its own.
+one step beyond weights and inputs, on the CPU in a process of its own. "Zeros" does nothing but allocate the
+gradient of every expert's weights and fill it with 0, as any way must that hands a whole gradient to the
+optimizer: its ratio is the most that one of them could reach, its own products and calls for nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from vlmix.moe.experts import StackedExperts
 from vlmix.moe.kernels import kernel_for
 
-OURS, EAGER, DENSE = "vlmix", "eager", "dense"
-WAYS = (OURS, EAGER, "grouped_mm", "batched_mm", DENSE)
+OURS, EAGER, DENSE, ZEROS = "vlmix", "eager", "dense", "zeros"
+WAYS = (OURS, EAGER, "grouped_mm", "batched_mm", DENSE, ZEROS)
 # Experts, choices, width, inner width of one expert.
 SIZES = {
     "small": [(4, 2, 512, 1408), (16, 2, 256, 256), (64, 2, 256, 128), (64, 8, 256, 128)],
@@ -65,7 +67,8 @@ class Case:
     def ways(self) -> list[str]:
         """Those that can run it."""
         copied = 3 * self.tokens * self.chosen * self.width * self.inner * DTYPES[self.dtype].itemsize
-        return [way for way in WAYS if way != "batched_mm" or copied <= COPIES]
+        left_out = {"batched_mm": copied > COPIES, ZEROS: self.step == "forward"}
+        return [way for way in WAYS if not left_out.get(way, False)]
 
 
 class Dense(nn.Module):
@@ -92,7 +95,7 @@ def network(way: str, case: Case, device: torch.device) -> nn.Module:
     sizes = (case.width, case.inner, case.width)
     if way == DENSE:
         made = Dense(case.width, case.inner * case.chosen)
-    elif way == OURS:
+    elif way in (OURS, ZEROS):
         made = StackedExperts(config, case.experts, sizes, nn.SiLU(), gated=True)
     else:
         made = MixtralExperts(config)
@@ -126,7 +129,13 @@ def runner(way: str, case: Case, device: torch.device) -> Callable[[], Tensor]:
         y_TD.backward(torch.ones_like(y_TD))
         return y_TD.detach()
 
-    return forward if case.step == "forward" else training
+    def zeros() -> Tensor:
+        made.zero_grad(set_to_none=True)
+        for parameter in made.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return x_TD
+
+    return zeros if way == ZEROS else forward if case.step == "forward" else training
 
 
 def seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -213,9 +222,10 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
         if mine:
             least = min(mine, key=lambda r: r[OURS]["ratio"])
             where = f"k={least['chosen']}, {least['tokens']} tokens, {least['dtype']}, {least['step']}"
+            most = f", zeros alone {least[ZEROS]['ratio']:.2f}" if ZEROS in least else ""
             short = sum(r[OURS]["ratio"] < bar for r in mine)
             lines.append(
-                f"E={experts}: least {least[OURS]['ratio']:.2f} ({where}); bar {bar:.2f}, {short} below"
+                f"E={experts}: least {least[OURS]['ratio']:.2f} ({where}{most}); bar {bar:.2f}, {short} below"
             )
     decoding = [r[OURS]["ratio"] for r in rows if r["tokens"] == 1 and r["step"] == "forward"]
     lines.append(f"one token, forward: least {min(decoding):.2f}; bar 1.00")

@@ -127,11 +127,16 @@ def _weight_gradient(g_SO: Tensor, x_SI: Tensor, stack_EOI: Tensor, sorting: Sor
     dw_EOI = torch.empty_like(stack_EOI, memory_format=torch.contiguous_format)
     done = 0
     for expert, span in sorting.spans():
-        dw_EOI[done:expert].zero_()
-        if dw_EOI.dtype == g_SO.dtype:
-            torch.mm(g_SO[span].T, x_SI[span], out=dw_EOI[expert])
+        if done < expert:
+            dw_EOI[done:expert].zero_()
+        g_RO, x_RI, dw_OI = g_SO[span], x_SI[span], dw_EOI[expert]
+        if dw_OI.dtype != g_RO.dtype:
+            dw_OI.copy_(g_RO.T @ x_RI)
+        elif len(g_RO) == 1:
+            # A product of two vectors has nothing to add up: several times faster without matrix products.
+            torch.mul(g_RO.T, x_RI, out=dw_OI)
         else:
-            dw_EOI[expert] = g_SO[span].T @ x_SI[span]
+            torch.mm(g_RO.T, x_RI, out=dw_OI)
         done = expert + 1
     dw_EOI[done:].zero_()
     return dw_EOI
