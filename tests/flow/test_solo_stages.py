@@ -16,9 +16,9 @@ from vlmix.models.plan import forward_loss, parameter_count, shape_only, trainin
 from vlmix.train.build import build, open_source, recipe_config
 from vlmix.train.checkpoint import unique_tensors
 from vlmix.train.costs import stage_costs
+from vlmix.train.reading import SampleEncoder
 from vlmix.train.recipe_file import check_kinds
 from vlmix.train.solo import running
-from vlmix.train.stages import sample_encoder
 from vlmix.train.trainable import select
 
 pytestmark = pytest.mark.flow
@@ -94,8 +94,9 @@ def test_the_solo_model_is_a_model_of_that_encoder_alone():
     assert ran.processor.image_seq_length == alone.model.image_seq_length == 36
     assert setup.processor.image_seq_length == setup.model.model.image_seq_length == 4
     source = synth("colour")["source"]
-    encode = sample_encoder(ran.processor)
-    batch = encode.collate([encode.encode(open_source(source)[row]) for row in (0, 1)])
+    encoder = SampleEncoder(ran.processor)
+    encoded = [encoder.encode(open_source(source)[row]) for row in (0, 1)]
+    batch = encoder.collate(encoded, [encoder.open(each) for each in encoded])
     assert torch.equal(ran.model.eval()(**batch).logits, alone(**batch).logits)
     assert ran.model.model.language_model is setup.model.model.language_model
     assert ran.model.model.encoders[1] is setup.model.model.encoders[1]

@@ -1,88 +1,56 @@
-"""The samples of a step, read, encoded and collated; bad rows are reported, never replaced.
+"""Feeds the training loop: the data of each step in turn, prepared ahead by worker processes.
 
-What a step contains depends on its number alone: worker threads only prepare the next step while this one
-trains, and their number changes nothing but the waiting time.
+What a step contains depends on its number alone (``reading``): workers change nothing but the waiting time.
 """
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from vlmix.core.errors import ContextLengthError, ImageCountError, ImageError, SampleError
-from vlmix.core.interfaces import Source
-from vlmix.core.sample import Sample
+from vlmix.core.errors import DataError, VlmixError
 from vlmix.data.ledger import Ledger
-from vlmix.train.order import DataOrder, RowId
+from vlmix.train.reading import Parcel, Prepared, StepReader, parcel
 
-BAD_ROW = (SampleError, ImageError, ContextLengthError, ImageCountError)
-IGNORED = -100
-
-
-@dataclass(frozen=True, slots=True)
-class NamedSource:
-    """A source with the name that the ledger and messages give it."""
-
-    name: str
-    source: Source
-
-
-@dataclass(frozen=True, slots=True)
-class Encoder:
-    """How samples become tensors: one sample, its pictures opened, and several to a micro-batch."""
-
-    encode: Callable[[Sample], Any]
-    collate: Callable[[Sequence[Any]], Mapping[str, Tensor]]
+_AHEAD = 2  # steps that each worker prepares beforehand
 
 
 @dataclass(frozen=True, slots=True)
 class StepData:
-    """Everything one optimizer step trains on.
+    """Everything one rank trains on in an optimizer step; micro-batches and ``pictured`` as in ``Prepared``.
 
-    ``supervised_tokens`` are those the loss is averaged over; ``wait_seconds`` is how long the loop waited.
+    ``supervised_tokens`` are those of this rank; ``positions`` count padding too; ``wait_seconds`` is how
+    long the loop waited.
     """
 
-    micro_batches: tuple[Mapping[str, Tensor], ...]
+    micro_batches: tuple[Mapping[str, Tensor] | None, ...]
+    pictured: tuple[bool, ...]
     sample_ids: tuple[str, ...]
     quarantined: int
     tokens: int
+    positions: int
     supervised_tokens: int
     wait_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """One row as read: its encoding, or why it cannot be used."""
-
-    row: RowId
-    sample_id: str
-    encoded: Any = None
-    reason: str = ""
-    line: int = 0
-
-
 class Loader:
-    """Gives the data of any step, preparing the following one on ``workers`` threads."""
+    """Gives the data of a stage's steps in turn.
 
-    def __init__(
-        self,
-        order: DataOrder,
-        sources: Sequence[NamedSource],
-        encoder: Encoder,
-        *,
-        micro_batch_size: int,
-        workers: int,
-    ) -> None:
-        self.order, self.sources, self.encoder = order, sources, encoder
-        self.micro_batch_size = micro_batch_size
-        self._pool = ThreadPoolExecutor(workers, "vlmix-data") if workers else None
-        self._ahead: dict[int, list[Future[_Read]]] = {}
+    A worker that gives nothing for ``timeout`` seconds ends the run; 0 waits for ever.
+    """
+
+    def __init__(self, reader: StepReader, *, workers: int, timeout: float) -> None:
+        self.reader, self.workers, self.timeout = reader, workers, timeout
+        self._steps: Iterator[Parcel] | None = None
+        self._next = -1
 
     def __enter__(self) -> Self:
         return self
@@ -90,59 +58,97 @@ class Loader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        """Stop the workers."""
+        self._steps = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.reader.order.steps
 
     def step(self, step: int, ledger: Ledger) -> StepData:
         """Read step ``step`` and enter its good and bad rows in the ledger.
 
         Raises:
             DataError: if too many rows are bad.
+            VlmixError: if a worker hangs or was killed.
 
         """
         start = time.perf_counter()
-        rows = self._rows(step)
-        good = [row for row in rows if not row.reason]
-        size = self.micro_batch_size
-        encoded = [row.encoded for row in good]
-        batches = tuple(self.encoder.collate(encoded[i : i + size]) for i in range(0, len(encoded), size))
+        prepared = self._prepared(step)
         waited = time.perf_counter() - start
-        for row in rows:
-            self._account(row, ledger)
+        bad = [row for row in prepared.rows if row.reason]
+        for row in prepared.rows:
+            if row.reason:
+                name = self.reader.sources[row.row.source].name
+                ledger.quarantine((name, row.row.row), row.line, row.sample_id, row.reason)
+            else:
+                ledger.used += 1
         return StepData(
-            micro_batches=batches,
-            sample_ids=tuple(row.sample_id for row in good),
-            quarantined=len(rows) - len(good),
-            tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
-            supervised_tokens=sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches),
+            micro_batches=prepared.micro_batches,
+            pictured=prepared.pictured,
+            sample_ids=tuple(row.sample_id for row in prepared.rows if not row.reason),
+            quarantined=len(bad),
+            tokens=prepared.tokens,
+            positions=prepared.positions,
+            supervised_tokens=prepared.supervised_tokens,
             wait_seconds=waited,
         )
 
-    def _rows(self, step: int) -> list[_Read]:
-        if self._pool is None:
-            return [self._read(row) for row in self.order.rows_for_step(step)]
-        for wanted in (step, step + 1):
-            if wanted not in self._ahead:
-                rows = self.order.rows_for_step(wanted)
-                self._ahead[wanted] = [self._pool.submit(self._read, row) for row in rows]
-        return [future.result() for future in self._ahead.pop(step)]
-
-    def _read(self, row: RowId) -> _Read:
-        source = self.sources[row.source].source
-        sample_id = ""
+    def _prepared(self, step: int) -> Prepared:
+        if not self.workers:
+            return self.reader[step]
+        if self._steps is None or step != self._next:
+            self._steps = self._begin(step)
         try:
-            sample = source[row.row]
-            sample_id = sample.id
-            return _Read(row, sample_id, self.encoder.encode(sample))
-        except BAD_ROW as error:
-            if isinstance(error, SampleError) and error.sample_id:
-                sample_id = error.sample_id
-            return _Read(row, sample_id, reason=str(error), line=source.line(row.row))
+            prepared = next(self._steps).opened()
+        except RuntimeError as error:
+            self._steps = None
+            raise VlmixError(_fault(error, self.timeout)) from None
+        self._next = step + 1
+        if prepared.problem:
+            raise DataError(prepared.problem)
+        return prepared
 
-    def _account(self, read: _Read, ledger: Ledger) -> None:
-        if read.reason:
-            name = self.sources[read.row.source].name
-            ledger.quarantine((name, read.row.row), read.line, read.sample_id, read.reason)
-        else:
-            ledger.used += 1
+    def _begin(self, step: int) -> Iterator[Parcel]:
+        steps = DataLoader(
+            _Parcels(self.reader),
+            batch_size=None,
+            sampler=range(step, self.steps),
+            num_workers=self.workers,
+            worker_init_fn=_begin_worker,
+            timeout=self.timeout,
+            prefetch_factor=_AHEAD,
+            # Its own would be drawn from the stream that dropout draws from.
+            generator=torch.Generator(),
+        )
+        return iter(steps)
+
+
+class _Parcels(Dataset[Parcel]):
+    """A reader's steps as they travel between processes."""
+
+    def __init__(self, reader: StepReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, index: int) -> Parcel:
+        return parcel(self._reader, index)
+
+
+def _begin_worker(number: int) -> None:
+    """Ctrl-C is the parent's to handle; decoding is parallel across workers, not inside one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _fault(error: RuntimeError, timeout: float) -> str:
+    text = str(error)
+    remedy = "The last checkpoint is intact; continue with --resume, or set `workers: 0` to see what it reads"
+    if "timed out" in text:
+        return (
+            f"the data workers gave nothing for {timeout:g} s: one hangs, on a disk or network that does not "
+            f"answer. {remedy}, or raise `worker_timeout`"
+        )
+    if "exited unexpectedly" in text or "is killed" in text:
+        return f"a data worker was ended from outside, often for lack of memory. {remedy}"
+    return f"a data worker failed: {text.strip().splitlines()[-1]}. {remedy}"

@@ -66,7 +66,7 @@ class StageLoop:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole stage."""
-        return self.loader.order.steps
+        return self.loader.steps
 
     def run(self, first_step: int, after_step: Callable[[int], bool]) -> int:
         """Train from step ``first_step`` (from 0) to the end, and return the number of steps done.
@@ -106,7 +106,7 @@ class StageLoop:
             raise VlmixError(
                 f"stage {self.stage.name}, step {step + 1}: no memory left for {len(data.sample_ids)} "
                 f"samples ({', '.join(data.sample_ids[:8])}). The last checkpoint is intact; lower "
-                "micro_batch_size or set gradient_checkpointing, and start again"
+                "micro_batch_size or batching.tokens, or set gradient_checkpointing, and start again"
             ) from error
 
     def _update(self, step: int, data: StepData) -> Outcome:
@@ -115,7 +115,8 @@ class StageLoop:
         if data.supervised_tokens == 0:
             return Outcome(None, None)
         counts = RoutingCounts() if expert_layers(self.model) else None
-        steps = [self._backward(batch, data.supervised_tokens, counts) for batch in data.micro_batches]
+        batches = [batch for batch in data.micro_batches if batch is not None]
+        steps = [self._backward(batch, data.supervised_tokens, counts) for batch in batches]
         losses, parts = [loss for loss, _ in steps], [part for _, part in steps if part is not None]
         loss = torch.stack(losses).sum()
         parameters = [p for p in self.selection.parameters.values() if p.grad is not None]
@@ -176,6 +177,7 @@ class StageLoop:
             samples=len(data.sample_ids),
             quarantined=data.quarantined,
             tokens=data.tokens,
+            positions=data.positions,
             supervised_tokens=data.supervised_tokens,
             seconds=seconds,
             wait_seconds=data.wait_seconds,
@@ -185,11 +187,11 @@ class StageLoop:
 
 
 def first_non_finite(
-    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], losses: Sequence[Tensor]
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor] | None], losses: Sequence[Tensor]
 ) -> str:
     """The first tensor that is not finite, causes before effects: inputs, weights, loss, gradients."""
     for number, batch in enumerate(batches):
-        for name, tensor in batch.items():
+        for name, tensor in (batch or {}).items():
             if not bool(tensor.isfinite().all()):
                 return f"{name} of micro-batch {number}"
     for name, parameter in model.named_parameters():

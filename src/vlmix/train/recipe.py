@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vlmix.core.adapters import AdapterSettings
+from vlmix.core.batching import BatchingSettings
 from vlmix.core.experts import ExpertSettings
 from vlmix.core.settings import Settings
 
@@ -144,9 +145,10 @@ class Stage(Settings):
 
     ``train`` maps globs over parameter names (``encoders.0.*``, ``projector.*``, ``language_model.*``) to
     learning rates; the last glob that matches a parameter counts, and what none matches is frozen.
-    ``batch_size`` is samples per optimizer step, run ``micro_batch_size`` at a time. ``max_bad`` is the
-    share of unusable rows above which training stops. ``chat_template`` and ``fit`` are the model's unless
-    given. In a ``solo`` stage ``projector.*`` is the solo one.
+    ``batch_size`` is samples per optimizer step, run ``micro_batch_size`` at a time or as ``batching`` says.
+    ``max_bad`` is the share of unusable rows above which training stops. ``workers`` processes prepare data,
+    and one that gives nothing for ``worker_timeout`` seconds ends the run. ``chat_template`` and ``fit`` are
+    the model's unless given. In a ``solo`` stage ``projector.*`` is the solo one.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -157,6 +159,7 @@ class Stage(Settings):
     solo: SoloSettings | None = None
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = None
+    batching: BatchingSettings = BatchingSettings()
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -169,6 +172,7 @@ class Stage(Settings):
     save_every_steps: PositiveInt | None = None
     max_bad: Share = 0.01
     workers: Annotated[int, Field(ge=0)] = 0
+    worker_timeout: NonNegativeFloat = 600.0
 
     @model_validator(mode="after")
     def _length(self) -> Self:

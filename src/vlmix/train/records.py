@@ -18,8 +18,9 @@ class StepRecord:
     """One optimizer step. ``step`` counts from 1 in its stage, ``global_step`` from 1 in the run.
 
     ``loss`` (nats per supervised token) and ``grad_norm`` are ``None`` if no row of the step could be used.
-    ``learning_rates`` are by glob; ``lr`` is the highest of them. A model with experts adds ``balance``, the
-    part of ``loss`` that balances them, and now and then ``experts``: by layer, what ``expert_loads`` says.
+    ``learning_rates`` are by glob; ``lr`` is the highest of them. ``tokens`` are true ones, visual ones
+    included; ``positions`` is what the decoder ran on, padding too. A model with experts adds ``balance``,
+    the part of ``loss`` that balances them, and at times ``experts``: by layer, what ``expert_loads`` says.
     """
 
     stage: str
@@ -33,6 +34,7 @@ class StepRecord:
     samples: int
     quarantined: int
     tokens: int
+    positions: int
     supervised_tokens: int
     seconds: float
     wait_seconds: float
@@ -92,6 +94,7 @@ class TensorBoard:
             "train/loss": record.loss,
             "train/grad_norm": record.grad_norm,
             "speed/tokens_per_second": record.tokens / record.seconds,
+            "speed/padding": 1 - record.tokens / max(record.positions, 1),
             "speed/samples_per_second": record.samples / record.seconds,
             **{f"rate/{pattern}": rate for pattern, rate in record.learning_rates.items()},
             "experts/balance": record.balance,

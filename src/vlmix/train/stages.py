@@ -11,16 +11,13 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.optim import Optimizer
 
 from vlmix.core.errors import CheckpointError, InterruptedRunError
 from vlmix.core.interfaces import Source
 from vlmix.core.parts import read_part
-from vlmix.core.sample import Sample
 from vlmix.data.ledger import FILE_NAME, Ledger
 from vlmix.models.adapters import bare, merged_tensors, reset_adapters
-from vlmix.models.batching import Encoded, Opened
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.plan import shape_only
 from vlmix.models.processing import VlmixProcessor
@@ -30,11 +27,12 @@ from vlmix.train.build import Setup, open_sources, stage_processor
 from vlmix.train.checkpoint import CHECKPOINTS, Found, RunState
 from vlmix.train.data_sets import row_notes
 from vlmix.train.interrupt import StopRequest
-from vlmix.train.loader import Encoder, Loader, NamedSource
+from vlmix.train.loader import Loader
 from vlmix.train.loop import StageLoop
 from vlmix.train.optim import build_optimizer
 from vlmix.train.order import DataOrder, group_weights
 from vlmix.train.progress import ProgressLine
+from vlmix.train.reading import NamedSource, SampleEncoder, StepReader
 from vlmix.train.recipe import Recipe, Stage
 from vlmix.train.records import MetricsFile, Sink, TensorBoard, draw_curves, read_metrics
 from vlmix.train.solo import Running, running, select_for
@@ -206,13 +204,14 @@ class Stages:
         stage = self.recipe.stages[index]
         names = [f"{stage.name}.data.{i}.{data.source['kind']}" for i, data in enumerate(stage.data)]
         sources = [NamedSource(*pair) for pair in zip(names, self.sources[index], strict=True)]
-        return Loader(
+        reader = StepReader(
             self.orders[index],
             sources,
-            sample_encoder(stage_processor(processor, stage)),
-            micro_batch_size=stage.micro_batch_size or stage.batch_size,
-            workers=stage.workers,
+            SampleEncoder(stage_processor(processor, stage), stage.batching.pack),
+            stage.batching,
+            stage.micro_batch_size or stage.batch_size,
         )
+        return Loader(reader, workers=stage.workers, timeout=stage.worker_timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,20 +258,6 @@ def stage_order(recipe: Recipe, index: int, sizes: Sequence[int]) -> DataOrder:
         steps=stage.steps,
         epochs=stage.epochs,
     )
-
-
-def sample_encoder(processor: VlmixProcessor) -> Encoder:
-    """Samples to tensors through the processor, answers supervised, pictures opened one sample at a time."""
-
-    def encode(sample: Sample) -> tuple[Encoded, Opened]:
-        encoded = processor.encode(sample, supervise=True)
-        return encoded, processor.open_images(encoded)
-
-    def collate(pairs: Sequence[tuple[Encoded, Opened]]) -> dict[str, Tensor]:
-        encoded, opened = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        return dict(processor.collate(encoded, padding_side="right", opened=opened))
-
-    return Encoder(encode, collate)
 
 
 def load_model_weights(model: VlmixForConditionalGeneration, folder: str) -> None:
