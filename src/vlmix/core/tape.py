@@ -35,6 +35,17 @@ def recording() -> Generator[list[Routing]]:
             outer.extend(tape)
 
 
+@contextmanager
+def unrecorded() -> Generator[list[Routing]]:
+    """Keep the routing of what runs inside the ``with`` out of every recording; it is given here alone."""
+    tape = list[Routing]()
+    token = _TAPE.set(tape)
+    try:
+        yield tape
+    finally:
+        _TAPE.reset(token)
+
+
 def record(routing: Routing) -> None:
     """Add one part's routing to the recording, if there is one."""
     tape = _TAPE.get()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from vlmix.core.errors import PlanError
 from vlmix.core.sample import ImageRef
+from vlmix.models.losses import IGNORED
 
 Side = Literal["left", "right"]
 
@@ -29,6 +31,57 @@ class Encoded:
     dropped_turns: int = 0
     sample_id: str = ""
     instruction_ids: list[int] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens the language model reads, visual ones included."""
+        return len(self.input_ids)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether encoders run for it."""
+        return bool(self.images)
+
+
+def padded_rows(encoded: Sequence[Encoded], pad_id: int, side: Side) -> dict[str, Tensor]:
+    """A row for each conversation: words, mask, labels, and what the user said where that is read."""
+    batch = pad_ids([item.input_ids for item in encoded], pad_id, side)
+    batch["labels"] = pad_rows([item.labels for item in encoded], IGNORED, side)
+    return batch | pad_instructions([item.instruction_ids for item in encoded], pad_id, side)
+
+
+def packed_row(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+    """All conversations in one row: ``input_ids``, ``labels`` and ``position_ids`` (1, T), and no padding.
+
+    ``document_lengths`` (C,) are those of the conversations. Nothing predicts a conversation's first token.
+
+    Raises:
+        PlanError: if the model reads what the user said.
+
+    """
+    refuse_instructions(any(item.instruction_ids is not None for item in encoded))
+    lengths = [item.length for item in encoded]
+    labels = [label for item in encoded for label in (IGNORED, *item.labels[1:])]
+    return {
+        "input_ids": torch.tensor([[number for item in encoded for number in item.input_ids]]),
+        "labels": torch.tensor([labels]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        "document_lengths": torch.tensor(lengths),
+    }
+
+
+def refuse_instructions(reads_instruction: bool) -> None:
+    """Refuse to pack for a model that reads what the user said, once for each row.
+
+    Raises:
+        PlanError: if it does.
+
+    """
+    if reads_instruction:
+        raise PlanError(
+            "packing: the model decides by what the user said, once for each row of a batch, and a packed "
+            "row holds several conversations. Leave `batching.pack` off, or take parts that read tokens"
+        )
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, side: Side) -> Int64[Tensor, "b t"]:
@@ -70,12 +123,17 @@ class Opened:
     """The pictures of one conversation as the model takes them.
 
     ``pixel_values`` (I, 3, S, S), or the views of all pictures with their ``image_tilings`` (I, 4) where
-    pictures are cut; ``picture_values`` are then whole ones, where an encoder sees them.
+    pictures are cut; ``picture_values`` are then whole ones, where an encoder sees them. ``more`` goes along.
     """
 
     pixel_values: UInt8[Tensor, "v 3 s s"]
     image_tilings: Int64[Tensor, "i 4"] | None = None
     picture_values: UInt8[Tensor, "i 3 p p"] | None = None
+    more: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def along(self, more: Mapping[str, Tensor]) -> Opened:
+        """The same with further tensors, a row or several for each picture."""
+        return replace(self, more=more)
 
     def named(self) -> dict[str, Tensor]:
         """What there is, under the names of the model's arguments."""
@@ -84,7 +142,7 @@ class Opened:
             "image_tilings": self.image_tilings,
             "picture_values": self.picture_values,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None} | dict(self.more)
 
 
 def join_pictures(opened: Iterable[Opened]) -> dict[str, Tensor]:

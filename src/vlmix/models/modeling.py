@@ -4,13 +4,12 @@ Annotations here are evaluated, not postponed: transformers reads the config cla
 Shape letters: see ``vlmix.core.tensors``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,22 +21,27 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils.generic import ModelOutput
 
 from vlmix.core.errors import ImageCountError
-from vlmix.core.interfaces import Fusion, Part, Projector, VisionEncoder
+from vlmix.core.interfaces import Fusion, Projector
 from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS
 from vlmix.core.tape import recording
 from vlmix.core.tensors import Routing, TextContext
 from vlmix.core.views import Tiling, Views
 from vlmix.models.adapters import install_adapters
 from vlmix.models.configuration import VlmixConfig
-from vlmix.models.instruction import asked, keeping_instruction, picture_context, row_context
-from vlmix.models.losses import next_token_loss, supervised_positions, supervised_share
+from vlmix.models.features import shown_to
+from vlmix.models.instruction import asked, picture_context, row_context
+from vlmix.models.losses import answer_loss, has_plain_head, supervised_positions, supervised_share
 from vlmix.models.mixtures import auxiliary_loss, install_mixtures
+from vlmix.models.packing import packed_row
+from vlmix.models.pretrained import VlmixPreTrainedModel
 from vlmix.models.revisit import REVISIT, Revisit, revisit_layers
+from vlmix.models.unseen import nothing_of
 from vlmix.models.viewing import Sight, Viewing, pictures_of_rows
 from vlmix.moe.balance import Positions, RoutingCounts
 from vlmix.moe.parallel import plan_experts
 
 _KEPT = ("logits", "past_key_values", "hidden_states", "attentions")
+Pictures = tuple[Tensor | None, Tensor | None, Tensor | None]
 _PICTURES = ("pixel_values", "image_tilings", "picture_values")
 
 
@@ -57,52 +61,6 @@ class VlmixOutput(ModelOutput):
     routing: tuple[Routing, ...] | None = None
 
 
-class VlmixPreTrainedModel(PreTrainedModel):
-    """What the two model classes share with transformers."""
-
-    config_class = VlmixConfig
-    config: VlmixConfig
-    base_model_prefix = "model"
-    input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    # Moved by steps that a 16-bit number cannot take.
-    _keep_in_fp32_modules_strict = ["choice_bias"]  # noqa: RUF012
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        """Expert layers ask this model's configuration; transformers looks for a decorator of its own."""
-        return True
-
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """Save with the names the modules have.
-
-        Transformers would otherwise write a loaded model in the names that its own older releases gave to
-        models of the decoder's kind, so that loading and saving changes the file.
-        """
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
-    def _set_gradient_checkpointing(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **rest: Any
-    ) -> None:
-        """Layers that run once more find the instruction they had; every way to switch it on comes here."""
-        super()._set_gradient_checkpointing(enable, keeping_instruction(gradient_checkpointing_func), **rest)
-
-    def initialize_weights(self) -> None:
-        """Initialise what no checkpoint gave, then let every part set its special values.
-
-        Not through ``_init_weights``: transformers skips it for modules without parameters of their own.
-        """
-        super().initialize_weights()
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, Part):
-                    module.reset()
-
-
 class VlmixModel(VlmixPreTrainedModel):
     """The encoders, their fusion, the projector and the decoder; gives hidden states."""
 
@@ -119,6 +77,7 @@ class VlmixModel(VlmixPreTrainedModel):
         self.language_model: PreTrainedModel = AutoModelForCausalLM.from_config(config.language)
         self.image_seq_length = plan.tokens
         self.revisits = plan.inside
+        self.packs_with: str | None = None  # the attention with which packed rows were tried
         revisit_layers(self.decoder, plan.inside)
         install_mixtures(self, config)
         plan_experts(self.language_model)
@@ -176,9 +135,9 @@ class VlmixModel(VlmixPreTrainedModel):
     ) -> Sight:
         """Run encoders, fusion and projector on every view of pictures cut as ``tilings`` say."""
         pictures = picture_values if self.viewing.plan.varies else pixel_values
-        encoders = cast("Sequence[VisionEncoder]", list(self.encoders))
+        encoders, views, pictures = shown_to(self.encoders, self.views, pixel_values, pictures)
         shown = self.viewing.scoped(encoders, pictures, tilings, masked=self.fusion.reads_masks)
-        fused = self.fusion(shown, self.views.spread(pixel_values), context)
+        fused = self.fusion(shown, views, context)
         projected = self.projector(fused)
         order_N = self.viewing.order(tilings, projected.tokens.device)
         return Sight(fused, self.views.join(projected.tokens, order_N), order_N)
@@ -240,19 +199,21 @@ class VlmixModel(VlmixPreTrainedModel):
         picture_values: Tensor | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
+        document_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the decoder's last layer (B, T, D)."""
         with asked(self.get_input_embeddings(), instruction_ids, instruction_mask):
             pictures = (pixel_values, image_tilings, picture_values)
             embeds_BTD, again = self.embed_inputs(input_ids, *pictures, inputs_embeds)
-            return self.decoder(
-                inputs_embeds=embeds_BTD,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **kwargs | again,
-            )
+            with packed_row(self, document_lengths, position_ids, attention_mask) as row:
+                return self.decoder(
+                    inputs_embeds=embeds_BTD,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    **kwargs | again | row,
+                )
 
 
 class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
@@ -261,6 +222,7 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
     def __init__(self, config: VlmixConfig) -> None:
         super().__init__(config)
         self.model = VlmixModel(config)
+        self._tried_head: tuple[nn.Module, bool] | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -299,6 +261,9 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor | Literal["supervised"] = 0,
         num_items_in_batch: Tensor | int | None = None,
         routing_counts: RoutingCounts | None = None,
+        document_lengths: Tensor | None = None,
+        fused_loss: bool = False,
+        unseen_pictures: bool = False,
         **kwargs: Any,
     ) -> VlmixOutput:
         """Logits, and the loss where ``labels`` (B, T; -100 is ignored) are given.
@@ -309,39 +274,65 @@ class VlmixForConditionalGeneration(VlmixPreTrainedModel, GenerationMixin):
         optimizer step, across micro-batches and ranks; without it, those of this batch. ``routing_counts``,
         the same for all micro-batches of a step, balances experts over the step as a whole.
         ``instruction_ids`` and ``instruction_mask`` (B, U): what the user said, for parts that decide by it.
+        ``document_lengths`` (C,): the one row holds so many conversations, none of which sees another.
+        ``fused_loss`` gives the loss of the supervised positions and no logits, where the head is plain.
+        ``unseen_pictures``: no placeholder stands for the pictures; they run, and nothing comes of them.
 
         Raises:
             ImageCountError: if placeholders and visual tokens differ in number.
+            PlanError: if a packed row is given to a model that cannot keep conversations apart.
 
         """
-        embeddings = self.get_input_embeddings()
-        with recording() as tape, asked(embeddings, instruction_ids, instruction_mask):
+        with recording() as tape, asked(self.get_input_embeddings(), instruction_ids, instruction_mask):
             pictures = (pixel_values, image_tilings, picture_values)
-            embeds_BTD, again = self.model.embed_inputs(input_ids, *pictures, inputs_embeds)
-            if logits_to_keep == "supervised":
-                logits_to_keep = supervised_positions(labels)
-            out = self.model.language_model(
-                inputs_embeds=embeds_BTD,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                logits_to_keep=logits_to_keep,
-                **kwargs | again,
-            )
+            embeds_BTD, again, unseen = self._embedded(input_ids, pictures, inputs_embeds, unseen_pictures)
+            run, head = self._run(fused_loss, labels, logits_to_keep)
+            with packed_row(self.model, document_lengths, position_ids, attention_mask) as row:
+                out = run(
+                    inputs_embeds=embeds_BTD,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    **kwargs | head | again | row,
+                )
         loss = aux_loss = None
         if labels is not None:
-            loss = next_token_loss(out.logits, labels, logits_to_keep, num_items_in_batch)
-            visual_BT = None if input_ids is None else input_ids == self.config.image_token_id
-            aux_loss = auxiliary_loss(self, tape, Positions(attention_mask, visual_BT), routing_counts)
+            loss = answer_loss(out, self.get_output_embeddings(), labels, head, num_items_in_batch)
+            positions = Positions(attention_mask, self._placeholders(input_ids))
+            aux_loss = auxiliary_loss(self, tape, positions, routing_counts, unseen)
             if aux_loss is not None:
                 aux_loss = aux_loss * supervised_share(labels, num_items_in_batch)
                 loss = loss + aux_loss
-        return VlmixOutput(
-            loss=loss,
-            aux_loss=aux_loss,
-            routing=tuple(tape) or None,
-            **{name: out.get(name) for name in _KEPT},
-        )
+        kept = {name: out.get(name) for name in _KEPT}
+        return VlmixOutput(loss=loss, aux_loss=aux_loss, routing=tuple(tape) or None, **kept)
+
+    def _embedded(
+        self, input_ids: Tensor | None, pictures: Pictures, inputs_embeds: Tensor | None, unseen: bool
+    ) -> tuple[Tensor, dict[str, Revisit], list[Routing]]:
+        """What ``VlmixModel.embed_inputs`` gives, and the routing of pictures that no placeholder shows."""
+        if not unseen or pictures[0] is None:
+            return *self.model.embed_inputs(input_ids, *pictures, inputs_embeds), []
+        embeds_BTD, again = self.model.embed_inputs(input_ids, None, inputs_embeds=inputs_embeds)
+        nothing, tape = nothing_of(self.model, len(embeds_BTD), pictures[0], *pictures[1:])
+        return embeds_BTD + nothing.to(embeds_BTD), again, tape
+
+    def _placeholders(self, input_ids: Tensor | None) -> Tensor | None:
+        return None if input_ids is None else input_ids == self.config.image_token_id
+
+    def _run(
+        self, fused: bool, labels: Tensor | None, keep: int | Tensor | Literal["supervised"]
+    ) -> tuple[PreTrainedModel, dict[str, int | Tensor]]:
+        """What to run, the decoder alone where the loss is fused, and what to tell its head."""
+        if fused and labels is not None and self._plain_head():
+            return self.model.decoder, {}
+        kept = supervised_positions(labels) if isinstance(keep, str) else keep
+        return self.model.language_model, {"logits_to_keep": kept}
+
+    def _plain_head(self) -> bool:
+        head = self.get_output_embeddings()
+        if self._tried_head is None or self._tried_head[0] is not head:
+            self._tried_head = (head, has_plain_head(self.model.language_model))
+        return self._tried_head[1]
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

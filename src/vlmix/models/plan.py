@@ -22,6 +22,7 @@ from vlmix.models.flops import flop_counter
 from vlmix.models.instruction import asked_shapes
 from vlmix.models.mixtures import active_parameters
 from vlmix.models.modeling import VlmixForConditionalGeneration
+from vlmix.models.quantised import quantised_numbers
 from vlmix.models.viewing import tilings_tensor
 from vlmix.moe.install import expert_layers
 from vlmix.moe.layer import ExpertLayer
@@ -57,7 +58,8 @@ class MixtureCost:
 class ModelCost:
     """The whole model on one prompt of ``images`` pictures and ``text_tokens`` tokens of text.
 
-    ``active`` counts the parameters that one token meets.
+    ``active`` counts the parameters that one token meets; ``in_4_bits`` are those kept so, in
+    ``packed_bytes``.
     """
 
     vision: VisionPlan
@@ -70,6 +72,8 @@ class ModelCost:
     decode_flops: int
     cache_bytes_per_token: int
     activation_bytes: int
+    in_4_bits: int
+    packed_bytes: int
 
     @property
     def prompt_tokens(self) -> int:
@@ -90,7 +94,7 @@ class ModelCost:
     @property
     def weight_bytes(self) -> int:
         """Memory of the weights."""
-        return self.parameters * self.bytes_per_number
+        return (self.parameters - self.in_4_bits) * self.bytes_per_number + self.packed_bytes
 
     @property
     def cache_bytes(self) -> int:
@@ -100,7 +104,7 @@ class ModelCost:
 
 @dataclass
 class SavedBytes:
-    """Bytes autograd keeps for the backward pass; each storage counts once, parameters not at all."""
+    """Bytes autograd keeps for the backward pass; each storage counts once, the model's own not at all."""
 
     total: int = 0
     seen: set[int] = field(default_factory=set)
@@ -129,6 +133,7 @@ def plan_model(
     with asked_shapes(config.width, 1):
         parts = _vision_costs(config, model)
         prefill, decode, per_token = _language_costs(model, prompt, dtype)
+    in_4_bits, packed_bytes = quantised_numbers(model)
     parts.append(
         PartCost(f"language_model ({config.language.model_type})", parameter_count(language), prefill)
     )
@@ -143,6 +148,8 @@ def plan_model(
         decode_flops=decode,
         cache_bytes_per_token=per_token,
         activation_bytes=training_bytes(model, rows=1, images=images, text_tokens=text_tokens),
+        in_4_bits=in_4_bits,
+        packed_bytes=packed_bytes,
     )
 
 
@@ -241,8 +248,8 @@ def pictures_of(config: VlmixConfig, count: int) -> dict[str, Tensor]:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Parameters of a module; tied ones count once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Parameters of a module; tied ones count once, and those kept in 4 bits like any other."""
+    return sum(parameter.numel() for parameter in module.parameters()) + quantised_numbers(module)[0]
 
 
 def training_bytes(model: VlmixForConditionalGeneration, *, rows: int, images: int, text_tokens: int) -> int:
@@ -275,7 +282,8 @@ def forward_loss(model: VlmixForConditionalGeneration, *, rows: int, images: int
 def count_saved(model: nn.Module) -> Iterator[SavedBytes]:
     """Count the bytes autograd saves inside the ``with``."""
     saved = SavedBytes()
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    held = (*model.parameters(), *model.buffers())
+    weights = {tensor.untyped_storage()._cdata for tensor in held}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -17,9 +17,10 @@ from vlmix.models.batching import (
     Opened,
     Side,
     join_pictures,
+    packed_row,
     pad_ids,
     pad_instructions,
-    pad_rows,
+    padded_rows,
     unpadded,
 )
 from vlmix.models.configuration import VlmixConfig
@@ -120,21 +121,21 @@ class VlmixProcessor(ProcessorMixin):
         *,
         padding_side: Side = "right",
         opened: Sequence[Opened] | None = None,
+        packed: bool = False,
     ) -> BatchFeature:
         """Put encoded samples into one batch.
 
-        Gives ``input_ids``, ``attention_mask`` and ``labels`` (B, T), padded; ``pixel_values``
-        (I, 3, S, S) uint8 of all pictures in order and what else goes with them (see ``Opened``), absent
-        without pictures. ``opened`` are the results of ``open_images`` where that was done before.
+        Gives ``input_ids``, ``attention_mask`` and ``labels`` (B, T), padded, or what ``packed_row`` says;
+        ``pixel_values`` (I, 3, S, S) uint8 of all pictures in order and what else goes with them (see
+        ``Opened``), absent without any. ``opened`` are results of ``open_images``, where that was done.
 
         Raises:
             ImageError: if a picture cannot be read; names the sample.
+            PlanError: if rows that the model must have for each conversation were to be packed.
 
         """
         opened = [self.open_images(item) for item in encoded] if opened is None else opened
-        batch = pad_ids([item.input_ids for item in encoded], self._pad_id, padding_side)
-        batch["labels"] = pad_rows([item.labels for item in encoded], IGNORED, padding_side)
-        batch |= pad_instructions([item.instruction_ids for item in encoded], self._pad_id, padding_side)
+        batch = packed_row(encoded) if packed else padded_rows(encoded, self._pad_id, padding_side)
         return BatchFeature({**batch, **join_pictures(opened)})
 
     # -- the Hugging Face surface --
