@@ -12,6 +12,7 @@ VlmixError                 1  something failed
 │   └── CheckpointError       a model or run folder that is incomplete, changed or of another kind
 ├── DataError              1  too many bad rows to go on
 ├── NonFiniteError         3  a loss or gradient that is not a finite number
+├── SpikeError             3  losses or gradients that stand out from those before, where a recipe says stop
 ├── DiskFullError          4  no space left to save
 ├── RunLockedError         5  another process is using the run folder
 └── InterruptedRunError  130  stopped by a signal after saving; the run can be resumed
@@ -21,7 +22,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Fault = Literal["malformed", "missing", "placeholders"]
 
 
 class VlmixError(Exception):
@@ -65,11 +68,18 @@ class ContextLengthError(InputError):
 
 
 class SampleError(InputError):
-    """One row of a data set that cannot be used; ``line`` counts from 1 in its file."""
+    """One row of a data set that cannot be used; ``line`` counts from 1 in its file.
 
-    def __init__(self, reason: str, *, line: int | None = None, sample_id: str = "") -> None:
+    ``fault`` says of what kind: a picture is not there, pictures and placeholders differ in number, or the
+    row itself is not what it should be.
+    """
+
+    def __init__(
+        self, reason: str, *, line: int | None = None, sample_id: str = "", fault: Fault = "malformed"
+    ) -> None:
         super().__init__(reason)
         self.reason, self.line, self.sample_id = reason, line, sample_id
+        self.fault: Fault = fault
 
 
 class CheckpointError(InputError):
@@ -82,6 +92,12 @@ class DataError(VlmixError):
 
 class NonFiniteError(VlmixError):
     """A loss or gradient is not a finite number; raised before the weights are changed."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class SpikeError(VlmixError):
+    """A loss or gradient stands out from those before; raised before the weights are changed."""
 
     exit_code: ClassVar[int] = 3
 

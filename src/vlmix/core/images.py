@@ -7,12 +7,15 @@ Pillow is changed, and its format probing, which would try every plug-in, is not
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
 import stat
 import struct
 import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
@@ -26,10 +29,13 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vlmix.core.errors import ImageError
+from vlmix.core.stored import StoredPicture
 
 MAX_PIXELS: Final = 36_000_000
 MAX_FILE_BYTES: Final = 8 * MAX_PIXELS
+Picture = Path | bytes | StoredPicture | Image.Image
 
+_HEAD_BYTES: Final = 64
 _KINDS: Final[dict[str, tuple[re.Pattern[bytes], type[ImageFile]]]] = {
     "PNG": (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     "JPEG": (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
@@ -75,7 +81,7 @@ _DAMAGE: Final = (
 )
 
 
-def open_image(source: Path | bytes | Image.Image) -> Image.Image:
+def open_image(source: Picture) -> Image.Image:
     """Return the first frame of a picture as 8-bit RGB, upright, transparency composited on white.
 
     16-bit grey is scaled to 8 bits, not clipped. A plain RGB picture in memory is returned as it is, not
@@ -88,13 +94,11 @@ def open_image(source: Path | bytes | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _from_memory(source)
-    if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), f"the picture of {len(source)} bytes")
-    with _open_regular(source) as file:
-        return _decode(file, str(source))
+    with _stream(source) as (file, name):
+        return _decode(file, name)
 
 
-def image_size(source: Path | bytes | Image.Image) -> tuple[int, int]:
+def image_size(source: Picture) -> tuple[int, int]:
     """Width and height of the upright picture ``open_image`` gives, from the header alone if it says all.
 
     Raises:
@@ -104,10 +108,56 @@ def image_size(source: Path | bytes | Image.Image) -> tuple[int, int]:
     if isinstance(source, Image.Image):
         image = open_image(source)
         return image.size
+    with _stream(source) as (file, name):
+        return _header_size(file, name)
+
+
+def encoded_image(source: Picture) -> tuple[bytes, str]:
+    """A picture as it is stored, byte for byte, and its kind: PNG, JPEG, WebP, GIF or BMP.
+
+    Pixels in memory become a PNG. Nothing is decoded: whether the picture is whole, ``open_image`` says.
+
+    Raises:
+        ImageError: if it is missing, not a regular file, too large or of another kind.
+
+    """
+    if isinstance(source, Image.Image):
+        buffer = io.BytesIO()
+        open_image(source).save(buffer, format="PNG")
+        return buffer.getvalue(), "PNG"
+    with _stream(source) as (file, name):
+        raw = file.read()
+    return raw, _kind(raw[:_HEAD_BYTES], name)
+
+
+@contextmanager
+def _stream(source: Path | bytes | StoredPicture) -> Generator[tuple[IO[bytes], str]]:
+    """The encoded bytes, and what messages call them."""
     if isinstance(source, bytes):
-        return _header_size(io.BytesIO(source), f"the picture of {len(source)} bytes")
-    with _open_regular(source) as file:
-        return _header_size(file, str(source))
+        yield io.BytesIO(source), f"the picture of {len(source)} bytes"
+    elif isinstance(source, StoredPicture):
+        with source.open() as file:
+            yield file, source.name
+    else:
+        with _open_regular(source) as file:
+            yield file, str(source)
+
+
+def image_digest(source: Picture) -> str:
+    """SHA-256 of a picture as it is stored, in hexadecimal; of one in memory, that of its pixels.
+
+    Raises:
+        ImageError: if it is missing, not a regular file, or cannot be read.
+
+    """
+    if isinstance(source, Image.Image):
+        image = open_image(source)
+        return hashlib.sha256(f"{image.width} {image.height} ".encode() + image.tobytes()).hexdigest()
+    with _stream(source) as (file, name):
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+        except OSError as error:
+            raise _damaged(name, "file", error) from None
 
 
 def _header_size(file: IO[bytes], name: str) -> tuple[int, int]:
@@ -151,12 +201,9 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
 
 def _opened(file: IO[bytes], name: str) -> tuple[str, Image.Image]:
     """The kind of a file and its picture, whose pixels are not decoded yet."""
-    head = file.read(64)
+    head = file.read(_HEAD_BYTES)
     file.seek(0)
-    kind = next((kind for kind, (magic, _) in _KINDS.items() if magic.match(head)), None)
-    if kind is None:
-        what = "is empty" if not head else "does not begin like a picture"
-        raise ImageError(f"{name} {what}. Accepted formats: {', '.join(_KINDS)}.")
+    kind = _kind(head, name)
     if kind == "WebP":  # its decoder allocates the canvas before it tells the size
         _check_size(*_webp_size(head, name), name)
     try:
@@ -165,6 +212,14 @@ def _opened(file: IO[bytes], name: str) -> tuple[str, Image.Image]:
         raise _damaged(name, kind, error) from None
     _check_size(image.width, image.height, name)
     return kind, image
+
+
+def _kind(head: bytes, name: str) -> str:
+    for kind, (magic, _) in _KINDS.items():
+        if magic.match(head):
+            return kind
+    what = "is empty" if not head else "does not begin like a picture"
+    raise ImageError(f"{name} {what}. Accepted formats: {', '.join(_KINDS)}.")
 
 
 def _webp_size(head: bytes, name: str) -> tuple[int, int]:

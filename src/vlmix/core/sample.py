@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from vlmix.core.stored import StoredPicture
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -16,9 +18,9 @@ Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """A picture that is opened only when somebody looks: a path, encoded bytes, or pixels in memory."""
+    """A picture opened only when somebody looks: a path, encoded bytes, a stored one, or pixels in memory."""
 
-    source: Path | bytes | Image.Image
+    source: Path | bytes | StoredPicture | Image.Image
 
     def open(self) -> Image.Image:
         """Return the picture as 8-bit RGB, upright.
@@ -41,6 +43,17 @@ class ImageRef:
         from vlmix.core.images import image_size
 
         return image_size(self.source)
+
+    def digest(self) -> str:
+        """SHA-256 of the picture as it is stored, or of its pixels in memory: nothing is decoded.
+
+        Raises:
+            ImageError: if it is missing or cannot be read.
+
+        """
+        from vlmix.core.images import image_digest
+
+        return image_digest(self.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,34 +98,46 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a responder said to one sample; ``error`` is set, and the text empty, where it failed."""
+    """What a responder said to one sample; ``error`` is set, and the text empty, where it failed.
+
+    ``nats`` is how unlikely it found the sample's own text, where it was asked that instead.
+    """
 
     sample_id: str
     text: str
     tokens: int = 0
     seconds: float = 0.0
     error: str = ""
+    nats: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One judged answer: ``value`` in 0..1, how the answer was understood, and its task and group."""
+    """One judged answer: ``value`` in 0..1, how the answer was understood, and its task and group.
+
+    ``counts`` are what figures that are no mean of values add up, such as bits and bytes.
+    """
 
     sample_id: str
     value: float
     parsed: str
     task: str = ""
     group: str = ""
+    counts: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How answers are produced: greedy unless ``temperature`` is above 0."""
+    """How answers are produced: greedy unless ``temperature`` is above 0.
+
+    With ``plain`` what was said last is gone on with as it stands, outside any conversation.
+    """
 
     max_new_tokens: int = 32
     temperature: float = 0.0
     beams: int = 1
     batch_size: int = 64
+    plain: bool = False
 
 
 class Responder(Protocol):
