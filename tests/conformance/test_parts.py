@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import suppress
 from functools import cache
 
 import pytest
@@ -13,10 +14,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.tiny import switch_checkpointing_on
+from vlmix.core.adapters import AdapterSettings
 from vlmix.core.errors import ImageError, PlanError, RecipeError
 from vlmix.core.interfaces import Part
 from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS, read_part
 from vlmix.core.tensors import FeatureMap, TextContext, VisionSpec
+from vlmix.models.adapters import AdaptedLinear, install_adapters
 
 REGISTRIES = (ENCODERS, FUSIONS, PROJECTORS)
 PARTS = [(registry, name) for registry in REGISTRIES for name in registry.names()]
@@ -158,6 +161,27 @@ def test_gradients_are_finite_and_reach_every_parameter(registry, name):
             gradient = torch.zeros(1) if parameter.grad is None else parameter.grad
             assert gradient.isfinite().all(), key
             assert bool(gradient.any()) == (key not in inert), key
+
+
+@each_part
+def test_an_adapter_on_any_linear_takes_part(registry, name):
+    """A part that reads a weight past its Linear would leave the adapter without any effect."""
+    for _, build, run in cases(registry, name)[:2]:
+        whole, part = nn.Module(), randomised(build())
+        whole.projector = part
+        inert = {f"projector.{key}" for key in part.inert_parameters}
+        with suppress(PlanError):  # a part without any Linear
+            install_adapters(whole, None, [AdapterSettings(match=["projector.*"], rank=1)])
+        layers = {key: layer for key, layer in whole.named_modules() if isinstance(layer, AdaptedLinear)}
+        for layer in layers.values():
+            layer.begin(list(layer.lora_A))
+        out = run(part, torch.float32).tokens
+        if layers:
+            (out * torch.randn_like(out)).sum().backward()
+        for key, layer in layers.items():
+            gradient = layer.lora_B["adapter_0"].weight.grad
+            reached = gradient is not None and bool(gradient.any())
+            assert reached == (f"{key}.weight" not in inert), key
 
 
 @pytest.mark.slow

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 from tests.flow.test_resume import stop_after
 from tests.runs import TINY, digest, recipe, stage, synth, told, train
 from vlmix.cli.main import app
-from vlmix.core.errors import CheckpointError, InputError, InterruptedRunError
+from vlmix.core.errors import CheckpointError, InputError, InterruptedRunError, PlanError
 from vlmix.models.adapters import AdaptedLinear, merge_adapters
 from vlmix.models.loading import load
+from vlmix.models.plan import shape_only
+from vlmix.models.quantised import dequantised, quantised
 from vlmix.train.build import build, recipe_config
 from vlmix.train.checkpoint import unique_tensors
 from vlmix.train.costs import stage_costs
@@ -82,6 +84,84 @@ def test_a_stopped_run_resumes_bit_for_bit(tuned, tmp_path, monkeypatch):
     other = adapted(adapters=[{**ADAPTERS[0], "rank": 3}, ADAPTERS[1]])
     with pytest.raises(CheckpointError, match=r"model\.adapters\.0\.rank: 2 -> 3"):
         train(other, out, resume=True)
+
+
+KINDS = [
+    {"match": ["encoders.1.*", "fusion.*"], "rank": 2, "dora": True},
+    {
+        "match": ["projector.*", "language_model.*"],
+        "rank_share": 0.5,
+        "scaling": "rank_stabilised",
+        "dropout": 0.2,
+        "quantise": "nf4",
+    },
+]
+
+
+def test_every_kind_on_every_part_resumes_bit_for_bit_and_merges(tmp_path, monkeypatch):
+    what = adapted(stage("tune", {"*lora_*": 1e-2}, synth("colour"), steps=2), adapters=KINDS)
+    before = unique_tensors(build(what).model)
+    for out in ("whole", "cut"):
+        with monkeypatch.context() as patch:
+            if out == "cut":
+                stop_after(patch, 1)
+                with pytest.raises(InterruptedRunError, match="--resume"):
+                    train(what, tmp_path / out)
+        train(what, tmp_path / out, resume=True)
+    after = weights(tmp_path / "whole")
+    assert (tmp_path / "whole/model/model.safetensors").read_bytes() == (
+        tmp_path / "cut/model/model.safetensors"
+    ).read_bytes()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert all(".lora_" in name for name in changed)
+    for part in ("encoders.1.", "fusion.", "projector.", "language_model."):
+        assert any(name.startswith(f"model.{part}") and ".lora_B." in name for name in changed), part
+    assert any("lora_magnitude_vector" in name for name in changed)
+    assert {tensor.dtype for name, tensor in after.items() if name.endswith(".packed")} == {torch.uint8}
+    words = ["convert", str(tmp_path / "whole"), str(tmp_path / "plain"), "--merge-adapters"]
+    done = CliRunner().invoke(app, words)
+    assert "adapted layers merged" in done.output
+    (model, processor), (plain, _) = load(tmp_path / "whole"), load(tmp_path / "plain")
+    assert plain.state_dict().keys() == build(recipe()).model.state_dict().keys()
+    with torch.no_grad():  # products added up in another order, in float32
+        torch.testing.assert_close(
+            plain(**shown(processor)).logits, model(**shown(processor)).logits, atol=1e-4, rtol=0
+        )
+
+
+def test_4_bits_round_the_weights_that_were_loaded(tmp_path):
+    source = build(recipe())
+    source.model.model.language_model.save_pretrained(tmp_path / "words")
+    source.processor.tokenizer.save_pretrained(tmp_path / "words")
+    words = {"weights": str(tmp_path / "words")}
+    packed = [{"match": ["language_model.*"], "rank": 2, "quantise": "nf4"}]
+    model = build(adapted(language_model=words, tokenizer=words, adapters=packed)).model
+    theirs = dict(source.model.model.language_model.named_modules())
+    layers = [(n, m) for n, m in model.model.language_model.named_modules() if isinstance(m, AdaptedLinear)]
+    assert len(layers) == 2 * 7
+    for name, layer in layers:
+        weight = theirs[name].weight.detach()
+        assert torch.equal(layer.weight, dequantised(*quantised(weight), tuple(weight.shape)))
+
+
+def test_adapters_come_after_experts_and_never_where_a_later_stage_puts_some():
+    last = {"kind": "upcycle", "experts": {"layers": "all", "count": 2, "router": {"kind": "topk", "k": 1}}}
+    names = {"*": 1e-3}
+    now = adapted(stage("a", names, synth("colour"), steps=1), experts=[last["experts"]])
+    model = build(now).model
+    found = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+    assert any("self_attn" in name for name in found)
+    assert not any(".mlp." in name and "language_model" in name for name in found)
+    assert model.config.experts
+    assert model.config.adapters
+    shapes = shape_only(recipe_config(now))
+    assert shapes.state_dict().keys() == model.state_dict().keys()
+    later = adapted(stage("a", names, synth("colour"), steps=1, before=[last]))
+    with pytest.raises(PlanError, match="adapters are in"):
+        stage_costs(later, recipe_config(later), images=1, text_tokens=8)
+    beside = [{"match": ["language_model.*self_attn*"], "rank": 2}]
+    later = adapted(stage("a", names, synth("colour"), steps=1, before=[last]), adapters=beside)
+    assert stage_costs(later, recipe_config(later), images=1, text_tokens=8)
 
 
 def test_the_plan_counts_what_trains():

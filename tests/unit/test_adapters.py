@@ -11,11 +11,18 @@ from tests import tiny
 from vlmix.core.adapters import AdapterSettings
 from vlmix.core.errors import PlanError, RecipeError
 from vlmix.core.parts import ENCODERS
-from vlmix.models.adapters import AdaptedLinear, bare, install_adapters, merge_adapters, merged_tensors
+from vlmix.models.adapters import (
+    AdaptedLinear,
+    add_adapters,
+    bare,
+    install_adapters,
+    merge_adapters,
+    merged_tensors,
+)
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.loading import no_bars
 from vlmix.models.modeling import VlmixForConditionalGeneration
-from vlmix.models.plan import parameter_count, shape_only
+from vlmix.models.plan import parameter_count, plan_model, shape_only
 from vlmix.train.trainable import select, set_modes
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -36,7 +43,7 @@ def config(adapters=None, decoder="llama"):
     return VlmixConfig(
         text_config={"model_type": decoder, **DECODERS[decoder]},
         encoders=[ENCODERS.get(kind).settings_class.tiny().model_dump() for kind in ("siglip", "clip")],
-        fusion={"kind": "sequence_append"},
+        fusion={"kind": "sequence_append", "width": 8},
         projector={"kind": "linear"},
         image_size=32,
         image_token_id=50,
@@ -182,6 +189,19 @@ def test_planning_counts_adapters_without_making_them():
     assert parameter_count(adapted) == parameter_count(plain) + more
 
 
+def test_planning_knows_what_4_bits_take():
+    plain, packed = (
+        plan_model(config(adapters)) for adapters in (None, [{"match": ["*"], "quantise": "nf4"}])
+    )
+    adapted = plan_model(config([{"match": ["*"]}]))
+    assert packed.parameters == adapted.parameters > plain.parameters
+    assert packed.active == packed.parameters
+    # Of two bytes a weight half of one is left, and four for every block of 64; short blocks round up.
+    saved = packed.in_4_bits * (2 - 0.5 - 4 / 64)
+    assert packed.weight_bytes == pytest.approx(adapted.weight_bytes - saved, rel=1e-2)
+    assert packed.activation_bytes <= adapted.activation_bytes
+
+
 @pytest.mark.parametrize("kind", ENCODERS.names())
 def test_every_linear_of_an_encoder_takes_part_through_its_adapter(kind):
     """A part that reads a weight past its Linear would leave the adapter without any effect."""
@@ -220,8 +240,10 @@ def test_a_router_is_left_alone_for_an_adapter_there_would_never_be_called():
             [{"match": ["encoders.7.*"]}],
             r"adapters\.0\.match: 'encoders\.7\.\*' matches no Linear.*encoders\.0",
         ),
-        ([{"match": ["*"]}, {"match": ["projector.*"]}], r"adapters\.1\.match: .*projector and the head"),
-        ([{"match": ["language_model.lm_head"]}], "the head train whole"),
+        ([{"match": ["*"]}, {"match": ["views.*"]}], r"adapters\.1\.match: .*can have an adapter"),
+        ([{"match": ["language_model.lm_head"]}], "the head trains whole"),
+        ([{"match": ["*"]}, {"match": ["*q_proj"], "dora": True}], "has another adapter already"),
+        ([{"match": ["*q_proj"], "dora": True}, {"match": ["*"]}], r"adapters\.1: .*takes one only"),
     ],
 )
 def test_a_glob_that_matches_no_linear_is_refused(adapters, message):
@@ -229,7 +251,115 @@ def test_a_glob_that_matches_no_linear_is_refused(adapters, message):
         shape_only(config(adapters))
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"match": []}, {"rang": 3}, {"dropout": 1.0}])
+WRONG = [
+    {"rank": 0},
+    {"match": []},
+    {"rang": 3},
+    {"dropout": 1.0},
+    {"rank_share": 2.0},
+    {"quantise": "int8"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(RecipeError, match=r"adapters\.0\."):
         config([{"match": ["*"], **wrong}]).adapter_settings()
+
+
+@pytest.mark.parametrize("ranks", [{"rank": 2, "rank_share": 0.5}, {"rank": None}])
+def test_a_rank_is_given_in_one_way(ranks):
+    with pytest.raises(RecipeError, match="exactly one of `rank` and `rank_share`"):
+        config([{"match": ["*"], **ranks}]).adapter_settings()
+
+
+def test_a_rank_may_be_a_share_of_the_matrix_and_scaled_by_its_root():
+    half = AdapterSettings(match=["*"], rank_share=0.5, alpha=6, scaling="rank_stabilised")
+    assert AdapterSettings.model_validate(half.model_dump()) == half
+    model = trained([half.model_dump()])
+    for layer in layers(model).values():
+        down, up = (side["adapter_0"].weight for side in (layer.lora_A, layer.lora_B))
+        rank = round(min(layer.in_features, layer.out_features) / 2)
+        assert down.shape[0] == up.shape[1] == rank
+        x = torch.randn(2, layer.in_features)
+        added = 6 / rank**0.5 * (x.double() @ down.double().T @ up.double().T)
+        # float32 sums of at most 32 terms of size ten.
+        assert torch.allclose(layer(x), layer.base_layer(x) + added.float(), atol=1e-4)
+
+
+VARIANTS = [
+    {"dora": True},
+    {"quantise": "nf4"},
+    {"dora": True, "quantise": "nf4", "dropout": 0.3},
+    {"rank_share": 0.5, "scaling": "rank_stabilised"},
+]
+
+
+def variant(more):
+    """Adapters of one kind on every part, having learnt something."""
+    settings = {"match": ["*"], "rank": 2, "alpha": 2.0, **more}
+    if "rank_share" in more:
+        del settings["rank"]
+    model = trained([settings])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(torch.rand(parameter.shape) + 0.5)
+    return model
+
+
+@pytest.mark.parametrize("more", VARIANTS)
+def test_every_kind_of_adapter_is_kept_trained_and_merged(tmp_path, batch, more):
+    model = variant(more)
+    assert any(name.startswith("model.projector") for name in layers(model))
+    assert any(name.startswith("model.fusion") for name in layers(model))
+    expected, tensors = model(**batch).logits, {n: t.clone() for n, t in model.state_dict().items()}
+    with no_bars():
+        model.save_pretrained(tmp_path)
+        again, info = VlmixForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(again(**batch).logits, expected)
+    with bare(model):
+        assert model.state_dict().keys() == trained().state_dict().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+    model.train()(**batch).logits.square().sum().backward()
+    trains = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    assert [name for name, p in trains.items() if p.grad is None] == []
+    expected = model.eval()(**batch).logits
+    assert merge_adapters(model)
+    assert model.state_dict().keys() == trained().state_dict().keys()
+    # float32 sums of up to 32 terms in another order, through two encoders and two decoder layers.
+    assert torch.allclose(model(**batch).logits, expected, atol=1e-4)
+
+
+def test_dora_is_the_papers_formula():
+    layer = layers(variant({"dora": True}))["model.language_model.model.layers.0.self_attn.q_proj"]
+    down, up = (side["adapter_0"].weight.double() for side in (layer.lora_A, layer.lora_B))
+    direction = layer.base_layer.weight.double() + 2 / 2 * up @ down
+    length = layer.lora_magnitude_vector["adapter_0"].weight.double()
+    weight = length[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    x = torch.randn(3, 16)
+    # float32 sums of 16 terms of size one.
+    assert torch.allclose(layer(x), (x.double() @ weight.T).float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("more", VARIANTS)
+def test_adapters_put_on_a_trained_model_change_nothing_but_what_4_bits_round(batch, more):
+    plain, adapted = trained(), trained()
+    config = adapted.config
+    add_adapters(adapted, [AdapterSettings(match=["*"], **more)])
+    add_adapters(adapted, [AdapterSettings(match=["projector.*"])] if "dora" not in more else [])
+    assert config.adapters is None
+    assert len(adapted.config.adapters) == len(adapted.model.config.adapters) == 2 - ("dora" in more)
+    assert torch.equal(adapted(**batch).logits, plain(**batch).logits) is ("quantise" not in more)
+    other = trained()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    with bare(adapted):  # other weights below: the adapters, still new, add nothing to them either
+        adapted.load_state_dict(other.state_dict())
+    with bare(adapted):
+        plain.load_state_dict(adapted.state_dict())
+    assert torch.equal(adapted(**batch).logits, plain(**batch).logits)
+    if "quantise" not in more:
+        assert torch.equal(plain(**batch).logits, other(**batch).logits)

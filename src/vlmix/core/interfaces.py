@@ -6,7 +6,7 @@ To change one method of a part, wrap the part instead of inheriting from it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlmix.core.errors import CheckpointError
 from vlmix.core.initial import fan_in
-from vlmix.core.sample import Answer, Sample, Score
+from vlmix.core.sample import Answer, Decoding, Responder, Sample, Score
 from vlmix.core.settings import PartSettings
 from vlmix.core.tensors import FeatureMap, Routing, TextContext, VisionSpec
 
@@ -32,6 +32,11 @@ class Part(nn.Module, ABC):
 
         Every other parameter of a part gets a gradient; the conformance suite checks both.
         """
+        return ()
+
+    @property
+    def past_linears(self) -> tuple[str, ...]:
+        """Names of Linears whose weights are read without calling them: an adapter there would do nothing."""
         return ()
 
     def reset(self) -> None:
@@ -279,11 +284,17 @@ class Source(ABC):
 
 
 class Benchmark(ABC):
-    """A set of questions, how one answer is scored, and the official formula that sums up."""
+    """A set of questions, how one answer is scored, and the official formula that sums up.
+
+    ``units`` names the figures that are no share of 1, with the unit they are in. Where ``canned`` is not
+    set, answers made elsewhere cannot be judged: more than answers is asked.
+    """
 
     settings_class: ClassVar[type[PartSettings]]
     headline: ClassVar[str]
     paper: ClassVar[str] = ""
+    units: Mapping[str, str] = {}
+    canned: ClassVar[bool] = True
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -291,6 +302,10 @@ class Benchmark(ABC):
     @abstractmethod
     def samples(self) -> Sequence[Sample]:
         """The questions with their targets; the same, in the same order, on every call."""
+
+    def ask(self, responder: Responder, samples: Sequence[Sample], decoding: Decoding) -> Iterable[Answer]:
+        """Ask these samples, which carry no target, and give one answer each, in order."""
+        return responder.respond(samples, decoding)
 
     @abstractmethod
     def score(self, sample: Sample, answer: Answer) -> Score:

@@ -105,6 +105,11 @@ class PatchMining(LateFusion):
             return tuple(key for key, _ in self.named_parameters() if not key.startswith("value."))
         return ("key.0.bias", "key.1.bias")
 
+    @property
+    def past_linears(self) -> tuple[str, ...]:
+        """Key and value are moved to the other side of the attention."""
+        return ("key.1", "value.1")
+
     def forward(
         self,
         encoders: Sequence[VisionEncoder],

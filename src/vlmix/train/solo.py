@@ -21,9 +21,11 @@ from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.processing import VlmixProcessor
 from vlmix.train.build import Setup
-from vlmix.train.recipe import SoloSettings, Stage
+from vlmix.train.recipe import Recipe, SoloSettings, Stage
 from vlmix.train.trainable import Selection, select
 from vlmix.train.transforms.reinitialise import redraw
+
+_ALONE = 2**31  # no stage has this number
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,16 @@ class WithSolo(nn.Module):
         self.model, self.solo_projector = whole.model, projector
 
 
+def stage_seed(recipe: Recipe, index: int) -> tuple[int, int]:
+    """What random numbers of stage ``index`` come from: a solo stage's are the same at every place."""
+    return recipe.seed, index if recipe.stages[index].solo is None else _ALONE
+
+
+def draw_from(seed: tuple[int, int]) -> None:
+    """Let torch's own generators start anew from ``seed``."""
+    torch.manual_seed(_number(seed))
+
+
 def running(setup: Setup, stage: Stage, seed: tuple[int, int]) -> Running:
     """The model that ``stage`` runs; a solo projector is drawn from ``seed`` and disturbs no other draw.
 
@@ -56,7 +68,7 @@ def running(setup: Setup, stage: Stage, seed: tuple[int, int]) -> Running:
     inner, config = model.model, model.config
     settings = config.projector_settings()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        torch.default_generator.manual_seed(_number(seed))
         plan = config.plan()
         inner.projector = PROJECTORS.get(settings.kind)(settings, plan.fused, config.width).float()
         named = {f"projector.{name}": value for name, value in inner.projector.named_parameters()}
@@ -92,6 +104,10 @@ def solo_model(
     return alone
 
 
+def _number(seed: tuple[int, int]) -> int:
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
 def select_for(stage: Stage, model: nn.Module) -> Selection:
     """``select`` for the model that ``stage`` runs.
 
@@ -100,7 +116,7 @@ def select_for(stage: Stage, model: nn.Module) -> Selection:
 
     """
     try:
-        return select(model, stage.train)
+        return select(model, stage.train, stage.layer_decay)
     except RecipeError as error:
         if stage.solo is None:
             raise
