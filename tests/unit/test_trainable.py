@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmix.core.errors import RecipeError
+from vlmix.core.optimization import ScheduleSettings
 from vlmix.train.optim import build_optimizer, rate_factor, set_rates, warmup_steps
-from vlmix.train.recipe import OptimizerSettings, ScheduleSettings
 from vlmix.train.trainable import select, set_modes, short_names, table
 
 
@@ -113,7 +113,8 @@ def test_the_table_shows_every_row():
 
 def test_only_matrices_are_decayed_and_rates_follow_the_factor():
     chosen = select(Toy(), {"*": 1e-2, "head.*": 1e-3})
-    optimizer = build_optimizer(chosen, OptimizerSettings(weight_decay=0.1, betas=(0.8, 0.95)), nn.Module())
+    settings = {"kind": "adamw", "weight_decay": 0.1, "betas": (0.8, 0.95)}
+    optimizer = build_optimizer(chosen, settings, nn.Module())
     for group, expected in zip(optimizer.param_groups, chosen.groups, strict=True):
         assert group["weight_decay"] == (0.1 if expected.decay else 0.0)
         assert all((parameter.ndim > 1) == expected.decay for parameter in group["params"])
@@ -128,7 +129,7 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest():
     )
     model = LlamaForCausalLM(config)
     chosen = select(model, {"*": 1e-2, "layers.*": 1e-3})
-    optimizer = build_optimizer(chosen, OptimizerSettings(kind="muon"), model)
+    optimizer = build_optimizer(chosen, {"kind": "muon"}, model)
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     matrices = {
         named[id(p)] for group in optimizer.param_groups if group["matrices"] for p in group["params"]

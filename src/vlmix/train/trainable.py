@@ -12,16 +12,21 @@ from rich.text import Text
 from torch import nn
 
 from vlmix.core.errors import RecipeError
+from vlmix.train.depth import rate_factors
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table; ``learning_rate`` is ``None`` for what is frozen."""
+    """One line of the table; ``learning_rate`` is ``None`` for what is frozen.
+
+    With layer-wise decay ``learning_rate`` is the highest of the glob and ``lowest`` the lowest.
+    """
 
     pattern: str
     learning_rate: float | None
     tensors: int
     parameters: int
+    lowest: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +76,21 @@ def matching(model: nn.Module, patterns: Iterable[str], where: str) -> dict[str,
     return {name: names[name] for name in found.values()}
 
 
-def select(model: nn.Module, train: Mapping[str, float]) -> Selection:
+def select(
+    model: nn.Module, train: Mapping[str, float], layer_decay: float | Mapping[str, float] = 1.0
+) -> Selection:
     """Make trainable what the globs of ``train`` match and freeze the rest.
 
     The last glob that matches a parameter decides its learning rate. Norms, biases and other
-    one-dimensional parameters are put into groups without weight decay.
+    one-dimensional parameters are put into groups without weight decay. ``layer_decay`` lowers rates from
+    layer to layer, see ``rate_factors``.
 
     Raises:
         RecipeError: if a glob matches nothing, or only what later globs take over.
 
     """
     names = short_names(model)
+    factors = rate_factors(model, layer_decay, names) if layer_decay != 1.0 else {}
     owner = {id(p): pattern for pattern in train for p in matching(model, [pattern], "train").values()}
     members: dict[str, dict[str, nn.Parameter]] = {pattern: {} for pattern in train}
     frozen: dict[int, nn.Parameter] = {}
@@ -100,14 +109,13 @@ def select(model: nn.Module, train: Mapping[str, float]) -> Selection:
             raise RecipeError(
                 f"train: everything {pattern!r} matches is taken over by later globs; remove it"
             )
-    rows = [_row(pattern, rate, members[pattern].values()) for pattern, rate in train.items()]
+    rows = [_row(pattern, rate, members[pattern].values(), factors) for pattern, rate in train.items()]
     groups = [
-        Group(pattern, rate, decay, chosen)
+        group
         for pattern, rate in train.items()
-        for decay in (True, False)
-        if (chosen := {n: p for n, p in members[pattern].items() if (p.ndim > 1) == decay})
+        for group in _groups(pattern, rate, members[pattern], factors)
     ]
-    return Selection(tuple(groups), (*rows, _row("frozen", None, frozen.values())))
+    return Selection(tuple(groups), (*rows, _row("frozen", None, frozen.values(), {})))
 
 
 def set_modes(module: nn.Module) -> None:
@@ -129,6 +137,8 @@ def table(selection: Selection, stage: str) -> Table:
         result.add_column(heading, justify="right")
     for row in selection.rows:
         rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
+        if row.lowest is not None:
+            rate = f"{row.lowest:.3g} to {rate}"
         result.add_row(Text(row.pattern), rate, f"{row.tensors:,}", f"{row.parameters:,}")
     return result
 
@@ -143,6 +153,25 @@ def _near(pattern: str, names: Iterable[str]) -> str:
     return f"{near} Names start with {', '.join(known)}"
 
 
-def _row(pattern: str, rate: float | None, parameters: Iterable[nn.Parameter]) -> Row:
-    sizes = [parameter.numel() for parameter in parameters]
-    return Row(pattern, rate, len(sizes), sum(sizes))
+def _groups(
+    pattern: str, rate: float, members: Mapping[str, nn.Parameter], factors: Mapping[int, float]
+) -> list[Group]:
+    """The groups of one glob: by learning rate, highest first, and decayed or not."""
+    found = {name: factors.get(id(parameter), 1.0) for name, parameter in members.items()}
+    return [
+        Group(pattern, rate * factor, decay, chosen)
+        for factor in sorted({*found.values()}, reverse=True)
+        for decay in (True, False)
+        if (chosen := {n: p for n, p in members.items() if found[n] == factor and (p.ndim > 1) == decay})
+    ]
+
+
+def _row(
+    pattern: str, rate: float | None, parameters: Iterable[nn.Parameter], factors: Mapping[int, float]
+) -> Row:
+    chosen = list(parameters)
+    size = sum(parameter.numel() for parameter in chosen)
+    found = {factors.get(id(parameter), 1.0) for parameter in chosen}
+    if rate is None or found <= {1.0}:
+        return Row(pattern, rate, len(chosen), size)
+    return Row(pattern, rate * max(found), len(chosen), size, rate * min(found))
