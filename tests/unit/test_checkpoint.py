@@ -13,7 +13,6 @@ from vlmix.core.files import MANIFEST, sha256, write_manifest
 from vlmix.train import checkpoint
 from vlmix.train.checkpoint import SCHEMA, RunState, newest
 from vlmix.train.optim import build_optimizer
-from vlmix.train.recipe import OptimizerSettings
 from vlmix.train.trainable import select
 from vlmix.train.transforms import TRANSFORMS
 
@@ -39,7 +38,7 @@ class Session:
         torch.manual_seed(seed)
         self.model = Toy()
         self.chosen = select(self.model, {"*": 1e-2})
-        self.optimizer = build_optimizer(self.chosen, OptimizerSettings(kind=kind), self.model)
+        self.optimizer = build_optimizer(self.chosen, {"kind": kind}, self.model)
 
     def step(self):
         self.optimizer.zero_grad()

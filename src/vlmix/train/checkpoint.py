@@ -1,17 +1,21 @@
-"""Checkpoints: a folder of safetensors and JSON, published whole, found again by checking every byte."""
+"""Checkpoints: a folder of safetensors and JSON, published whole, found again by checking every byte.
+
+Every process of a run writes what it holds; any number of processes can go on from that.
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,7 +24,6 @@ from vlmix.core.errors import CheckpointError, InputError
 from vlmix.core.files import (
     MANIFEST,
     discard,
-    publish,
     read_json,
     sha256,
     verify_manifest,
@@ -28,6 +31,10 @@ from vlmix.core.files import (
     write_manifest,
 )
 from vlmix.core.settings import Settings, read_settings
+from vlmix.train.optimizer_state import load_state, state_tensors
+from vlmix.train.parallel.pieces import Stored, file_name, write, write_own
+from vlmix.train.parallel.processes import Processes
+from vlmix.train.parallel.publishing import publish_together
 
 SCHEMA = "vlmix.checkpoint/1"
 KEPT = 2
@@ -72,26 +79,44 @@ def versions() -> dict[str, str]:
 
 
 def save(
-    root: Path, state: RunState, model: nn.Module, named: Mapping[str, nn.Parameter], optimizer: Optimizer
+    root: Path,
+    state: RunState,
+    model: nn.Module,
+    named: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    processes: Processes | None = None,
+    more: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Publish a checkpoint under ``root`` and remove those before the last two.
+    """Publish a checkpoint under ``root`` and remove those before the last two; all processes must ask.
 
-    ``named`` gives the optimizer's parameters their names.
+    ``named`` gives the optimizer's parameters their names; ``more`` are further files by stem, which
+    ``load_more`` reads.
 
     Raises:
         DiskFullError: if there is no room; the checkpoints there are intact.
+        CheckpointError: if the optimizer's state cannot be divided as its parameters are.
 
     """
+    team = processes or Processes()
     folder = root / f"{state.stage_index + 1}-{state.stage}-{state.step:07d}"
     before = [path for path, known in _candidates(root) if _place(known) < _place(state)]
-    with publish(folder) as new:
-        save_file(_stored(unique_tensors(model)), new / "model.safetensors")
-        save_file(_stored(_optimizer_tensors(named, optimizer)), new / "optimizer.safetensors")
-        save_file(_random_state(), new / "rng.safetensors")
+
+    def fill(new: Path) -> Iterator[Path]:
+        yield write(new, "model", unique_tensors(model), team.rank, team.world)
+        yield write(new, "optimizer", state_tensors(named, optimizer), team.rank, team.world)
+        yield write_own(new, "rng", _random_state(), team.rank, team.world)
+        for stem, tensors in (more or {}).items():
+            if tensors:
+                yield write(new, stem, tensors, team.rank, team.world)
+
+    def finish(new: Path) -> None:
         write_json(new / "state.json", state.model_dump())
         write_manifest(new, SCHEMA, parent=sha256(before[0] / MANIFEST) if before else "")
-    for path in before[KEPT - 1 :]:
-        discard(path)
+
+    publish_together(folder, team, fill, finish)
+    if team.is_main:
+        for path in before[KEPT - 1 :]:
+            discard(path)
     return folder
 
 
@@ -115,14 +140,36 @@ def newest(root: Path) -> Found | None:
     return None
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Copy a checkpoint's weights into ``model``.
+def read_state(folder: Path) -> RunState:
+    """Where the run stood when it wrote ``folder``.
+
+    Raises:
+        InputError: if that cannot be read.
+
+    """
+    return read_settings(RunState, read_json(folder / "state.json"))
+
+
+def newest_unchecked(root: Path) -> Path | None:
+    """The newest checkpoint of a run that goes on, whose files this run wrote or checked."""
+    found = _candidates(root)
+    return found[0][0] if found else None
+
+
+def load_weights(folder: Path, model: nn.Module, *, converted: bool = False) -> None:
+    """Copy a checkpoint's weights into ``model``, of which each process reads its own.
+
+    They must have the model's types unless they may be ``converted``.
 
     Raises:
         CheckpointError: if a tensor is missing, left over or of another shape or type.
 
     """
-    _copy_all(load_file(folder / "model.safetensors"), unique_tensors(model), folder)
+    stored, wanted = Stored(folder, "model"), unique_tensors(model)
+    _check_fit(stored, wanted, converted)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            stored.fill(name, tensor)
 
 
 def load_optimizer(folder: Path, named: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
@@ -132,25 +179,53 @@ def load_optimizer(folder: Path, named: Mapping[str, nn.Parameter], optimizer: O
         CheckpointError: if the state is of parameters that do not train here.
 
     """
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
-        key, _, parameter = name.partition("|")
-        if parameter not in named:
-            raise CheckpointError(
-                f"{folder}: optimizer state of {parameter!r}, which this stage does not train"
-            )
-        owner = named[parameter]
-        device = torch.device("cpu") if key == "step" else owner.device  # where AdamW itself keeps them
-        # A clone: memory mapped from a file is aligned differently, which can change the last bit of a sum.
-        optimizer.state[owner][key] = tensor.to(device).clone()
+    load_state(Stored(folder, "optimizer"), named, optimizer)
 
 
-def load_random_state(folder: Path) -> None:
-    """Give torch's generators the state they had."""
-    states = load_file(folder / "rng.safetensors")
+def load_random_state(folder: Path, processes: Processes | None = None) -> None:
+    """Give torch's generators the state they had.
+
+    Every process has a stream of its own. Where another number of them goes on, the first keeps its stream
+    and the others start new ones, drawn from what it is.
+    """
+    team = processes or Processes()
+    mine = folder / file_name("rng", team.rank, team.world)
+    first = next(iter(sorted(folder.glob("rng*.safetensors"))))
+    if not mine.is_file() and not team.is_main:
+        begin_random_state(sha256(first), team.rank)
+        return
+    states = load_file(mine if mine.is_file() else first)
     torch.set_rng_state(states["cpu"].clone())
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None and device.type in states:
         torch.get_device_module(device).set_rng_state(states[device.type].clone())
+
+
+def load_more(folder: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors saved as ``more`` under ``stem``, whole; none where there were none."""
+    if not any(folder.glob(f"{stem}*.safetensors")):
+        return {}
+    stored = Stored(folder, stem)
+    return {name: stored.read(name) for name in sorted(stored.names)}
+
+
+def fill_more(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy what was saved as ``more`` under ``stem`` into ``tensors``, of which each process reads its own.
+
+    Raises:
+        CheckpointError: if a tensor is missing, left over or of another shape or type.
+
+    """
+    stored = Stored(folder, stem)
+    _check_fit(stored, tensors)
+    for name, tensor in tensors.items():
+        stored.fill(name, tensor)
+
+
+def begin_random_state(seed: str, rank: int) -> None:
+    """Begin the stream of process ``rank``: another one for each, the same whenever ``seed`` is."""
+    key = [rank, *seed.encode()]
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -164,19 +239,6 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(named: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{key}|{name}": value
-        for name, parameter in named.items()
-        if parameter in optimizer.state
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
 def _random_state() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -185,23 +247,19 @@ def _random_state() -> dict[str, Tensor]:
     return states
 
 
-def _copy_all(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> None:
-    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+def _check_fit(stored: Stored, wanted: Mapping[str, Tensor], converted: bool = False) -> None:
+    missing, extra = sorted(wanted.keys() - stored.names), sorted(stored.names - wanted.keys())
     if missing or extra:
         raise CheckpointError(
-            f"{folder} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
+            f"{stored.folder} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
             f"{len(extra)} left over {extra[:3]}"
         )
     for name, tensor in wanted.items():
-        theirs = stored[name]
-        if theirs.shape != tensor.shape or theirs.dtype != tensor.dtype:
+        shape, dtype = stored.shape(name), stored.dtype(name)
+        if shape != tuple(tensor.shape) or (dtype != tensor.dtype and not converted):
             raise CheckpointError(
-                f"{folder}: {name} is {theirs.dtype} {tuple(theirs.shape)}, "
-                f"here {tensor.dtype} {tuple(tensor.shape)}"
+                f"{stored.folder}: {name} is {dtype} {shape}, here {tensor.dtype} {tuple(tensor.shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(stored[name])
 
 
 def _candidates(root: Path, problems: list[str] | None = None) -> list[tuple[Path, RunState]]:
@@ -209,7 +267,7 @@ def _candidates(root: Path, problems: list[str] | None = None) -> list[tuple[Pat
     found: list[tuple[Path, RunState]] = []
     for folder in sorted(root.glob("[!.]*")):
         try:
-            found.append((folder, read_settings(RunState, read_json(folder / "state.json"))))
+            found.append((folder, read_state(folder)))
         except (InputError, TypeError, ValueError) as error:
             if problems is not None:
                 problems.append(f"{folder}: {error}")
