@@ -5,6 +5,7 @@ This file decides what is shown and where on a scale of 0..100 it lies; ``page/`
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlmix.evals.curves import Curve, thinned, ticks
+from vlmix.evals.forgetting import ForgettingMatrix, heatmap
 from vlmix.evals.gallery import Card, pick_cards
 from vlmix.evals.routing import RoutingReport
 from vlmix.evals.run import EvalResult, Outcome
@@ -44,6 +46,26 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """A figure that is no share of 1, with its interval, in its own unit."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgettingView:
+    """The forgetting matrix under both means, heading first, and its picture."""
+
+    harmonic: Sequence[Sequence[str]]
+    arithmetic: Sequence[Sequence[str]]
+    picture: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResultView:
     """One benchmark as the page shows it."""
 
@@ -56,6 +78,7 @@ class ResultView:
     bars: Sequence[Bar]
     has_blind: bool
     figures: Sequence[Row]
+    measures: Sequence[Measure]
     tasks: Sequence[Row]
     wrong: Sequence[Card]
     right: Sequence[Card]
@@ -89,7 +112,7 @@ class CurveView:
     y_ticks: Sequence[Tick]
 
 
-def render_page(
+def render_page(  # noqa: PLR0913  (each is a part of the page)
     title: str,
     results: Sequence[EvalResult],
     *,
@@ -98,6 +121,7 @@ def render_page(
     notes: Sequence[str] = (),
     gallery: int = 12,
     routing: RoutingReport | None = None,
+    forgetting: ForgettingMatrix | None = None,
 ) -> str:
     """The page as text; the same arguments give the same page."""
     environment = Environment(
@@ -115,9 +139,15 @@ def render_page(
         recipe_text=recipe_text,
         notes=notes,
         routing=routing,
+        forgetting=None if forgetting is None else _forgetting_view(forgetting),
         versions=dict(results[0].versions) if results else {},
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in an answer must not stop it
+
+
+def _forgetting_view(matrix: ForgettingMatrix) -> ForgettingView:
+    picture = base64.b64encode(heatmap(matrix)).decode()
+    return ForgettingView(matrix.table("harmonic"), matrix.table("arithmetic"), picture)
 
 
 def _result_view(result: EvalResult, gallery: int) -> ResultView:
@@ -140,7 +170,8 @@ def _result_view(result: EvalResult, gallery: int) -> ResultView:
         method=model.intervals[name].method,
         bars=bars,
         has_blind=result.blind is not None,
-        figures=[row for row in _rows(result, _figures_of) if row.bar.label != name],
+        figures=[row for row in _rows(result, _figures_of) if row.bar.label not in {name, *result.units}],
+        measures=[_measure(label, unit, model.intervals[label]) for label, unit in result.units.items()],
         tasks=_rows(result, _tasks_of),
         wrong=wrong,
         right=right,
@@ -166,6 +197,10 @@ def _rows(result: EvalResult, of: Callable[[Outcome], Mapping[str, Interval]]) -
         )
         for name, interval in of(result.model).items()
     ]
+
+
+def _measure(label: str, unit: str, interval: Interval) -> Measure:
+    return Measure(label, interval.value, interval.low, interval.high, unit)
 
 
 def _bar(label: str, kind: str, interval: Interval) -> Bar:

@@ -1,6 +1,7 @@
 """A report folder: ``results.json`` for programs, ``answers.jsonl`` for doubters, ``report.html`` for people.
 
-``routing.json`` is there too where experts were watched.
+``routing.json`` is there too where experts were watched, ``forgetting.json`` and ``forgetting.png`` where
+tasks were learnt one after the other.
 Neither time nor batch size is in the results, so judging again gives the same bytes; both are in
 ``timing.json``.
 """
@@ -17,6 +18,7 @@ from vlmix.core.errors import InputError
 from vlmix.core.files import publish, write_json, write_text
 from vlmix.evals.controls import majority_answer, majority_by_task, question_of, targets_of
 from vlmix.evals.curves import Curve, read_curves
+from vlmix.evals.forgetting import ForgettingMatrix, write_forgetting
 from vlmix.evals.rendering import render_page
 from vlmix.evals.routing import RoutingReport
 from vlmix.evals.run import EvalResult, Outcome
@@ -55,11 +57,13 @@ def write_report(  # noqa: PLR0913  (each is a part of the page)
     notes: Sequence[str] = (),
     gallery: int = 12,
     routing: RoutingReport | None = None,
+    forgetting: ForgettingMatrix | None = None,
 ) -> Path:
     """Write the files as a whole folder, replacing an older report, and return the page's path.
 
     ``notes`` are sentences shown above the details, such as what was quarantined; ``gallery`` is the
-    number of answers shown with their pictures for each benchmark; ``routing`` adds what experts did.
+    number of answers shown with their pictures for each benchmark; ``routing`` adds what experts did, and
+    ``forgetting`` what each task cost those before it.
 
     Raises:
         InputError: if ``folder`` holds something that is not a report.
@@ -75,6 +79,7 @@ def write_report(  # noqa: PLR0913  (each is a part of the page)
         notes=notes,
         gallery=gallery,
         routing=routing,
+        forgetting=forgetting,
     )
     found = {
         "schema": SCHEMA,
@@ -88,6 +93,8 @@ def write_report(  # noqa: PLR0913  (each is a part of the page)
         write_json(temporary / "timing.json", {result.benchmark: _timing(result) for result in results})
         if routing is not None:
             write_json(temporary / ROUTING, routing.to_json())
+        if forgetting is not None:
+            write_forgetting(temporary, forgetting)
         write_text(temporary / "report.html", page)
     return folder / "report.html"
 
@@ -105,6 +112,7 @@ def as_json(result: EvalResult) -> Mapping[str, Any]:
         "n": len(result.samples),
         "failed": result.model.failed,
         "figures": {key: round(value, _DIGITS) for key, value in result.model.figures.items()},
+        **({"units": dict(result.units)} if result.units else {}),
         "intervals": {key: _interval(value) for key, value in result.model.intervals.items()},
         "tasks": {task: _interval(value) for task, value in result.model.tasks.items()},
         "blind": _control(result.blind, name) if result.blind else None,

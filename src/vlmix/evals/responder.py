@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmix.core.errors import InputError
 from vlmix.core.sample import Answer, Decoding, Sample
+from vlmix.evals.plain_text import Likelihood, PlainText, likelihoods
 
 if TYPE_CHECKING:
     from vlmix.models.batching import Encoded, Opened
@@ -52,7 +53,7 @@ class ModelResponder:
         room = self._context - decoding.max_new_tokens
         for index, sample in enumerate(samples):
             try:
-                encoded[index] = self.processor.encode(sample, supervise=False, max_length=room)
+                encoded[index] = self._encoded(sample, room, plain=decoding.plain)
             except InputError as error:
                 answers[index] = Answer(sample.id, "", error=str(error))
         order = sorted(encoded, key=lambda index: len(encoded[index].input_ids))
@@ -60,6 +61,28 @@ class ModelResponder:
             batch = {index: encoded[index] for index in order[start : start + decoding.batch_size]}
             answers |= self._answer_batch(batch, decoding)
         return [answers[index] for index in range(len(samples))]
+
+    def _encoded(self, sample: Sample, room: int, *, plain: bool) -> Encoded:
+        if plain:
+            return PlainText(self.processor).prompt(sample.turns[-1].text, room, sample.id)
+        return self.processor.encode(sample, supervise=False, max_length=room)
+
+    def likelihoods(
+        self, pairs: Sequence[tuple[str, str]], batch_size: int = 64, window: int | None = None
+    ) -> Iterator[Likelihood]:
+        """For each pair, in order, how likely the second text is right after the first, outside any template.
+
+        Texts longer than ``window`` tokens (the context at most) are judged piece by piece; each piece sees
+        at least half a window before it.
+
+        Raises:
+            InputError: if a text to be judged is empty.
+
+        """
+        longest = min(window or self._context, self._context)
+        for start in range(0, len(pairs), batch_size * _BATCHES_AT_ONCE):
+            some = pairs[start : start + batch_size * _BATCHES_AT_ONCE]
+            yield from likelihoods(self.model, self.processor, some, batch_size, longest)
 
     def _answer_batch(self, batch: Mapping[int, Encoded], decoding: Decoding) -> Mapping[int, Answer]:
         started = time.perf_counter()

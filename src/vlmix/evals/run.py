@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 
@@ -46,8 +46,9 @@ class Outcome:
 class EvalResult:
     """A responder on a benchmark, and the controls on the same questions.
 
-    ``majority`` gives the most frequent target of all to every question, ``majority_by_task`` that of its
-    task; ``blind`` is the responder itself with exchanged pictures, None if it was not asked again.
+    ``units`` are of figures that are no share of 1. ``majority`` gives the most frequent target of all to
+    every question, ``majority_by_task`` that of its task; ``blind`` is the responder itself with exchanged
+    pictures, None if it was not asked again.
     """
 
     benchmark: str
@@ -62,6 +63,7 @@ class EvalResult:
     decoding: Decoding
     seed: int
     versions: Mapping[str, str]
+    units: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def evaluate(
@@ -92,7 +94,8 @@ def evaluate(
     asked = _Asked(responder, benchmark, decoding, tell, seed)
     model = asked.outcome("questions", samples)
     constant, by_task = majority_answer(samples), majority_by_task(samples)
-    shuffled = blinded(samples, seed) if blind else []
+    shows = any(sample.images for sample in samples)
+    shuffled = blinded(samples, seed) if blind and shows else []
     return EvalResult(
         benchmark=benchmark.settings.kind,
         paper=benchmark.paper,
@@ -106,6 +109,7 @@ def evaluate(
         decoding=decoding,
         seed=seed,
         versions=versions(),
+        units={name: unit for name, unit in benchmark.units.items() if name in model.figures},
     )
 
 
@@ -129,7 +133,7 @@ class _Asked:
         started = time.perf_counter()
         questions = [question_of(sample) for sample in samples]
         answers: list[Answer] = []
-        stream = iter(self.responder.respond(questions, self.decoding))
+        stream = iter(self.benchmark.ask(self.responder, questions, self.decoding))
         for question, answer in zip_longest(questions, stream):
             if answer is None or question is None or answer.sample_id != question.id:
                 asked = question.id if question else "nothing more"

@@ -13,6 +13,7 @@ from vlmix.core.errors import InputError
 from vlmix.core.interfaces import Router
 from vlmix.core.sample import Answer, Decoding, Responder, Sample
 from vlmix.evals.controls import question_of
+from vlmix.evals.plain_text import Likelihood, telling
 from vlmix.moe.balance import Positions
 from vlmix.moe.recorder import RoutingRecorder, notes_of
 
@@ -112,6 +113,12 @@ class _Watched:
         self._done = True
         with self._window.open():
             yield from answers
+
+    def likelihoods(
+        self, pairs: Sequence[tuple[str, str]], batch_size: int = 64, window: int | None = None
+    ) -> Iterator[Likelihood]:
+        """Not counted: these are no answers."""
+        return telling(self._responder).likelihoods(pairs, batch_size, window)
 
 
 def _one_of_each_task(samples: Iterable[Sample]) -> Sequence[Sample]:
