@@ -310,3 +310,10 @@ def test_copies_start_as_far_apart_as_asked(noise, redraw):
         assert torch.equal(gate, up), "gate and up of a unit are drawn together"
         assert torch.equal((made.experts.down_proj - dense.experts.down_proj).ne(0).any(1), gate)
         assert len({tuple(row.tolist()) for row in gate}) > 1, "every expert draws its own units"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grid_of_tokens_is_its_tokens_in_a_row(kind):
+    made, x_BTD = layer(**KINDS[kind]), tokens(count=6)
+    assert torch.equal(made(x_BTD.unflatten(1, (2, 3))), made(x_BTD).unflatten(1, (2, 3)))
+    assert torch.equal(made(x_BTD[0]), made(x_BTD[:1])[0])

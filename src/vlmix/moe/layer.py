@@ -79,8 +79,9 @@ class ExpertLayer(Part):
             init.zeros_(cast("Tensor", self.blend.bias))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, D) or (T, D) -> the same with the width the network gives."""
-        x_BTD = hidden_states if hidden_states.ndim == 3 else hidden_states.unsqueeze(0)
+        """(B, T, D), (B, H, W, D) or (T, D) -> the same with the width the network gives."""
+        flat = hidden_states.ndim == 2
+        x_BTD = hidden_states.unsqueeze(0) if flat else hidden_states.flatten(1, -2)
         routing = self._routed(x_BTD)
         record(replace(routing, layer=self.name))
         y_BTO = self._mixed(x_BTD, _spread(routing, x_BTD.shape[1]))
