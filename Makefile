@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help setup demo test check lint types layers format bench-mining bench-fusion bench-llava bench-moe bench-moe-claims bench-nlvr bench-mome clean
+.PHONY: bench-train bench-loader help setup demo test check lint types layers format bench-mining bench-fusion bench-features bench-llava bench-moe bench-moe-claims bench-nlvr bench-mome bench-continual clean
 
 help: ## What there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench-mining: .venv/.ready ## Patch mining: what it sees more, and what the abso
 bench-fusion: .venv/.ready ## Every fusion beside the others: tokens, parameters, time, memory
 	$(BIN)/python benchmarks/fusion_cost.py --out runs/bench-fusion/fusion_cost.json
 
+bench-features: .venv/.ready ## An epoch on features that are kept beside one that computes them
+	$(BIN)/python benchmarks/feature_cache.py --out runs/bench-features/feature_cache.json
+
 bench-llava: .venv/.ready ## LLaVA-1.5 here beside transformers' own model: time, memory, equal logits
 	$(BIN)/python benchmarks/llava_peer.py --out runs/bench-llava/llava_peer.json
 
@@ -59,6 +62,16 @@ bench-moe-claims: .venv/.ready ## Experts beside a dense model trained the same 
 
 bench-mome: .venv/.ready ## Encoders weighed by what is asked against added, and how a router of adapters learns
 	$(BIN)/python benchmarks/mome_claims.py --out runs/bench-mome/mome_claims.json
+
+bench-continual: .venv/.ready ## What learning to see makes a language model forget, by method (40 minutes)
+	$(BIN)/python benchmarks/continual_claims.py --out runs/bench-continual
+
+bench-train: .venv/.ready ## Useful tokens a second beside transformers' LLaVA under its Trainer, padded and packed
+	$(BIN)/python benchmarks/train_speed.py --out runs/bench-train/train_speed.json
+	$(BIN)/python benchmarks/feature_cache.py --out runs/bench-train/feature_cache.json
+
+bench-loader: .venv/.ready ## Pictures a second beside the usual path, and memory over 10,000 samples
+	$(BIN)/python benchmarks/loader_speed.py --out runs/bench-loader/loader_speed.json
 
 bench-nlvr: .venv/.ready ## Human sentences: needs the NLVR data, see docs/systems/nlvr.md (up to an hour)
 	$(BIN)/vlmix train recipes/nlvr.yaml --out runs/nlvr

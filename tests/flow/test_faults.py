@@ -14,9 +14,10 @@ from vlmix.core.errors import (
     NonFiniteError,
 )
 from vlmix.data.sources.synth import Synth
-from vlmix.train import checkpoint, stages
+from vlmix.train import stages
 from vlmix.train.build import build
 from vlmix.train.checkpoint import newest, unique_tensors
+from vlmix.train.parallel import pieces
 
 pytestmark = pytest.mark.flow
 
@@ -64,10 +65,10 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path, monkeypat
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     saved = 0
 
-    def full(tensors, path):
+    def full(tensors, path, *more):
         nonlocal saved
         saved += 1
-        save_file(tensors, path)
+        save_file(tensors, path, *more)
         if saved == 5:  # the optimizer of the second checkpoint, after its weights
             path.write_bytes(path.read_bytes()[:100])
             if isinstance(error, OSError):
@@ -75,7 +76,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
             raise RuntimeError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(pieces, "save_file", full)
         with pytest.raises(DiskFullError, match="intact") as caught:
             train(one_stage(), tmp_path / "run")
     assert caught.value.exit_code == 4

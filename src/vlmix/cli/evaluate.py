@@ -15,6 +15,7 @@ from vlmix.core.parts import BENCHMARKS
 
 if TYPE_CHECKING:
     from vlmix.evals.routing import RoutingReport
+    from vlmix.evals.run import EvalResult
 
 
 def evaluate(  # noqa: PLR0913, PLR0917 - each is an option of the command
@@ -96,18 +97,24 @@ def show_results(results: list) -> None:
         )
         for column in ("figure", "model", "95 % interval", "blind", "majority by task"):
             table.add_column(column, justify="left" if column == "figure" else "right")
-        for name, value in result.model.figures.items():
-            blind = "" if result.blind is None else f"{result.blind.figures.get(name, float('nan')):.1%}"
-            interval = result.model.intervals[name]
-            table.add_row(
-                name,
-                f"{value:.1%}",
-                f"{interval.low:.1%} to {interval.high:.1%}",
-                blind,
-                f"{result.majority_by_task.figures.get(name, float('nan')):.1%}",
-            )
+        for name in result.model.figures:
+            table.add_row(*_cells(result, name))
         out().print(table)
         if result.model.failed:
             out().print(
                 f"[yellow]{result.model.failed} questions could not be asked; they count as wrong.[/]"
             )
+
+
+def _cells(result: EvalResult, name: str) -> tuple[str, ...]:
+    """One figure beside its controls: percent, or its own unit where it is no share of 1."""
+
+    def told(value: float | None) -> str:
+        if value is None:
+            return ""
+        return f"{value:.3f} {result.units[name]}".strip() if name in result.units else f"{value:.1%}"
+
+    interval, majority = result.model.intervals[name], result.majority_by_task.figures.get(name)
+    blind = None if result.blind is None else result.blind.figures.get(name)
+    ends = f"{told(interval.low)} to {told(interval.high)}"
+    return name, told(interval.value), ends, told(blind), told(majority)

@@ -11,6 +11,8 @@ from vlmix.cli.console import out
 from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import UnknownNameError
 from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, ROUTERS, SOURCES, VIEWS
+from vlmix.train.continual import CONTINUAL
+from vlmix.train.optimizers import OPTIMIZERS
 from vlmix.train.recipe_file import find_recipe, shipped_recipes
 
 _REGISTRIES = {
@@ -21,6 +23,8 @@ _REGISTRIES = {
     "routers": ROUTERS,
     "sources": SOURCES,
     "benchmarks": BENCHMARKS,
+    "optimizers": OPTIMIZERS,
+    "continual": CONTINUAL,
     "families": FAMILIES,
 }
 
@@ -28,8 +32,8 @@ _REGISTRIES = {
 def list_parts(
     what: str = typer.Argument(
         "",
-        help="encoders, views, fusion, projectors, routers, sources, benchmarks, families, recipes; "
-        "all if left out.",
+        help="encoders, views, fusion, projectors, routers, sources, benchmarks, optimizers, continual, "
+        "families, recipes; all if left out.",
     ),
 ) -> None:
     """List the parts, data sources, benchmarks and recipes that vlmix ships or finds in plugins.

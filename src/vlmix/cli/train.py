@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from vlmix.cli.console import err, out, show_warnings
+from vlmix.cli.console import err, out, process_number, show_warnings
 
 
 def train(
@@ -23,6 +23,15 @@ def train(
         "--tiny",
         help="A dress rehearsal: every part at toy size, two steps a stage, no weights and no data needed.",
     ),
+    features: Path = typer.Option(
+        None,
+        "--features",
+        help="Folder for the outputs of frozen encoders, shared with other runs; the run's own if left out.",
+        show_default=False,
+    ),
+    no_features: bool = typer.Option(
+        False, "--no-features", help="Store none: encoders run in every step, with the same results."
+    ),
 ) -> None:
     """Train a model through the stages of RECIPE, judge it, and write a report.
 
@@ -34,7 +43,9 @@ def train(
     """
     from vlmix.train.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    kept = [f"feature_cache.folder={features}"] if features else []
+    kept += ["feature_cache.use=false"] if no_features else []
+    loaded = load_recipe(recipe, [*(overrides or []), *kept])
     folder = out_dir or Path("runs") / (f"{loaded.name}_tiny" if tiny else loaded.name)
     if tiny:
         from vlmix.train.build import check_parts
@@ -44,7 +55,8 @@ def train(
         err().print(
             f"a dress rehearsal of {loaded.name}: every code path of this recipe, none of its quality"
         )
-        loaded = shrunk(loaded, folder.with_name(f"{folder.name}_data"))
+        number = process_number()  # each writes its own, the same everywhere
+        loaded = shrunk(loaded, folder.with_name(f"{folder.name}_data{number or ''}"))
 
     from vlmix.cli.flow import train_and_judge
     from vlmix.models.cautions import cautions

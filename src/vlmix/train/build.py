@@ -26,14 +26,16 @@ from vlmix.core.experts import ExpertSettings
 from vlmix.core.files import publish, verify_manifest, write_manifest
 from vlmix.core.interfaces import Source
 from vlmix.core.parts import SOURCES, read_part
-from vlmix.models.adapters import bare
+from vlmix.models.adapters import add_adapters
 from vlmix.models.configuration import VlmixConfig, reads_instruction
 from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.modeling import VlmixForConditionalGeneration
+from vlmix.models.plan import shape_only
 from vlmix.models.processing import VlmixProcessor
 from vlmix.models.rendering import IMAGE, prompt_text, render
 from vlmix.models.templates import load_template
 from vlmix.models.tokenization import CONTROL_TOKENS, prepare_tokenizer, train_tokenizer
+from vlmix.train.optim import check_learning
 from vlmix.train.recipe import ModelSettings, Recipe, Stage, TokenizerTraining
 from vlmix.train.recipe_file import parts_of
 from vlmix.train.transforms import TRANSFORMS
@@ -45,9 +47,9 @@ from vlmix.train.upcycling import upcycle_model
 SETUP_SCHEMA = "vlmix.setup/1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Setup:
-    """A model with its processor."""
+    """A model with its processor; several processes exchange the model when a stage begins."""
 
     model: VlmixForConditionalGeneration
     processor: VlmixProcessor
@@ -62,6 +64,8 @@ def check_parts(recipe: Recipe) -> None:
     """
     for where, registry, raw in parts_of(recipe):
         read_part(registry, raw, where)
+    for index, stage in enumerate(recipe.stages):
+        check_learning(stage, f"stages.{index}")
 
 
 def build(recipe: Recipe) -> Setup:
@@ -73,6 +77,8 @@ def build(recipe: Recipe) -> Setup:
 
     """
     processor, config = build_processor(recipe)
+    # Last of all: experts take the place of trained networks, and 4 bits that of loaded weights.
+    config.adapters = None
     model = new_model(config, processor, recipe.seed)
     for index, encoder in enumerate(recipe.model.encoders):
         if "weights" in encoder:
@@ -81,6 +87,8 @@ def build(recipe: Recipe) -> Setup:
         _load_language_model(model, recipe.model.language_model["weights"])
     for settings in recipe.model.experts:
         upcycle_model(model, settings)
+    if recipe.model.adapters:
+        add_adapters(model, recipe.model.adapters)
     return Setup(model, processor)
 
 
@@ -138,10 +146,18 @@ def build_processor(recipe: Recipe) -> tuple[VlmixProcessor, VlmixConfig]:
     return processor, config
 
 
-def new_model(config: VlmixConfig, processor: VlmixProcessor, seed: int) -> VlmixForConditionalGeneration:
-    """A model with random weights drawn from ``seed``, in float32; it stops where an answer ends."""
-    torch.manual_seed(seed)
-    model = VlmixForConditionalGeneration(config).float()
+def new_model(
+    config: VlmixConfig, processor: VlmixProcessor, seed: int | None
+) -> VlmixForConditionalGeneration:
+    """A model in float32 with random weights drawn from ``seed``, or shapes alone without one.
+
+    It stops where an answer ends.
+    """
+    if seed is None:
+        model = shape_only(config, torch.float32)
+    else:
+        torch.manual_seed(seed)
+        model = VlmixForConditionalGeneration(config).float()
     if model.generation_config is not None:
         model.generation_config.eos_token_id = processor.stop_token_ids
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -156,8 +172,8 @@ def save_setup(setup: Setup, folder: Path) -> None:
         write_manifest(new, SETUP_SCHEMA)
 
 
-def load_setup(folder: Path, seed: int) -> Setup:
-    """The processor of an earlier ``save_setup``, and its model with random weights.
+def load_setup(folder: Path, seed: int | None) -> Setup:
+    """The processor of an earlier ``save_setup``, and its model as ``new_model`` makes it.
 
     Raises:
         CheckpointError: if the folder is incomplete or was changed.
@@ -316,7 +332,6 @@ def _load_language_model(model: VlmixForConditionalGeneration, weights: str) -> 
         theirs.resize_token_embeddings(rows, mean_resizing=False)
     language_model = model.model.language_model
     try:
-        with bare(language_model):
-            language_model.load_state_dict(theirs.state_dict())
+        language_model.load_state_dict(theirs.state_dict())
     except RuntimeError as error:
         raise CheckpointError(f"language_model.weights {weights!r} do not fit: {error}") from None

@@ -11,14 +11,17 @@ from torch import nn
 
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.flops import flop_counter
+from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.plan import forward_loss, parameter_count, shape_only, training_bytes
-from vlmix.train.build import mixtures_of
+from vlmix.models.quantised import quantised_numbers
+from vlmix.train.continual._tasks import Tasks
 from vlmix.train.data_sets import planned_sizes
+from vlmix.train.optimizers import OPTIMIZERS
 from vlmix.train.recipe import Recipe, Stage
 from vlmix.train.solo import select_for, solo_model
 from vlmix.train.stages import stage_order
+from vlmix.train.structure import reshape
 
-_ADAMW_STATES = 2
 _FLOAT32 = 4
 
 
@@ -29,7 +32,8 @@ class StageCost:
     ``notes`` say which data is absent, or has another number of rows than published.
 
     Weights, gradients and the optimizer's two moments are float32, as vlmix trains them (with Muon, which
-    keeps one moment of a matrix, it is less); activations are in the stage's precision, for one micro-batch,
+    keeps one moment of a matrix, it is less; with 8 bits, a little more for what keeps 32), and averages of
+    weights count with the optimizer; activations are in the stage's precision, for one micro-batch,
     without checkpointing. A solo stage runs one encoder, but the weights of the others are held all the same.
     """
 
@@ -56,22 +60,29 @@ def stage_costs(recipe: Recipe, config: VlmixConfig, *, images: int, text_tokens
 
     Raises:
         RecipeError: if a glob matches no parameter.
-        PlanError: if a solo stage's projector does not fit its encoder.
+        PlanError: if a solo stage's projector does not fit its encoder, or adapters are where a stage puts
+            experts.
 
     """
-    return [
-        _cost(stage, _steps(recipe, index), _in_stage(recipe, index, config), images, text_tokens)
-        for index, stage in enumerate(recipe.stages)
-    ]
+    tasks, costs = Tasks.of(recipe), list[StageCost]()
+    for index, stage in enumerate(recipe.stages):
+        model = _in_stage(recipe, index, config)
+        tasks.reshape(stage, model)
+        cast("nn.Module", model).to(model.dtype)
+        costs.append(_cost(tasks.meant(stage, model), _steps(recipe, index), model, images, text_tokens))
+    return costs
 
 
-def _in_stage(recipe: Recipe, index: int, config: VlmixConfig) -> VlmixConfig:
-    """The model's configuration with the mixtures it has in a stage: later ones are not in it yet."""
-    until = recipe.model_copy(update={"stages": recipe.stages[: index + 1]})
-    mixtures = mixtures_of(until)
-    found = copy.deepcopy(config)
-    found.experts = [mixture.model_dump(mode="json") for mixture in mixtures] or None
-    return found
+def _in_stage(recipe: Recipe, index: int, config: VlmixConfig) -> VlmixForConditionalGeneration:
+    """The model with the structure it has in a stage, as a run makes it: later mixtures are not in it yet."""
+    stage, first = recipe.stages[index], copy.deepcopy(config)
+    first.experts = [mixture.model_dump(mode="json") for mixture in recipe.model.experts] or None
+    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+    model = shape_only(first, dtype)
+    for earlier in recipe.stages[: index + 1]:
+        reshape(earlier, model)
+    cast("nn.Module", model).to(dtype)
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +98,13 @@ def _steps(recipe: Recipe, index: int) -> _Steps:
     return _Steps(steps, tuple(notes))
 
 
-def _cost(stage: Stage, steps: _Steps, config: VlmixConfig, images: int, text_tokens: int) -> StageCost:
-    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
-    whole = model = shape_only(config, dtype)
-    weights = parameter_count(whole)
+def _cost(
+    stage: Stage, steps: _Steps, whole: VlmixForConditionalGeneration, images: int, text_tokens: int
+) -> StageCost:
+    model, (in_4_bits, packed_bytes) = whole, quantised_numbers(whole)
+    weights = parameter_count(whole) - in_4_bits
     if stage.solo is not None:
+        dtype = whole.dtype
         model = solo_model(whole, stage.name, stage.solo)
         cast("nn.Module", model).to(dtype)
         weights += parameter_count(model.model.projector)
@@ -109,12 +122,17 @@ def _cost(stage: Stage, steps: _Steps, config: VlmixConfig, images: int, text_to
         visual_tokens=model.model.image_seq_length,
         trainable=trainable,
         flops_per_sample=int(counter.get_total_flops()),
-        weight_bytes=weights * _FLOAT32,
+        weight_bytes=weights * _FLOAT32 + packed_bytes,
         gradient_bytes=trainable * _FLOAT32,
-        optimizer_bytes=trainable * _FLOAT32 * _ADAMW_STATES,
+        optimizer_bytes=trainable * _bytes_per_number(stage),
         activation_bytes=activations,
         notes=steps.notes,
     )
+
+
+def _bytes_per_number(stage: Stage) -> int:
+    moments = OPTIMIZERS.get(stage.optimizer["kind"]).bytes_per_number
+    return moments + (_FLOAT32 if stage.ema is not None else 0)
 
 
 def _trainable(model: nn.Module) -> int:

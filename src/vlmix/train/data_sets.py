@@ -8,6 +8,7 @@ from pathlib import Path
 from vlmix.core.errors import InputError
 from vlmix.core.interfaces import Source
 from vlmix.core.parts import SOURCES, read_part
+from vlmix.core.settings import Settings
 from vlmix.train.build import open_source
 from vlmix.train.recipe import DataSettings, Recipe, Stage
 
@@ -41,9 +42,7 @@ def check_present(recipe: Recipe) -> None:
 
 def missing_paths(data: DataSettings) -> list[Path]:
     """The paths among a source's settings at which nothing is."""
-    settings = read_part(SOURCES, data.source)
-    values = (getattr(settings, name) for name in type(settings).model_fields)
-    return [value for value in values if isinstance(value, Path) and not value.exists()]
+    return [path for path in _paths(read_part(SOURCES, data.source)) if not path.exists()]
 
 
 def planned_sizes(stage: Stage) -> tuple[list[int] | None, list[str]]:
@@ -97,6 +96,17 @@ def _runs_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for b, raw in enumerate(stage.before):
             if raw.get("from") is not None:
                 yield f"stages.{s}.before.{b}", str(raw["weights"])
+
+
+def _paths(settings: Settings) -> Iterator[Path]:
+    """Every path in settings, and in settings inside them."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Path):
+                yield each
+            elif isinstance(each, Settings):
+                yield from _paths(each)
 
 
 def _called(data: DataSettings) -> str:

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmix.core.errors import DataError, VlmixError
 from vlmix.data.ledger import Ledger
+from vlmix.train.parallel.processes import Processes
+from vlmix.train.parallel.tellings import everywhere, told_of
 from vlmix.train.reading import Parcel, Prepared, StepReader, parcel
 
 _AHEAD = 2  # steps that each worker prepares beforehand
@@ -27,8 +29,8 @@ _AHEAD = 2  # steps that each worker prepares beforehand
 class StepData:
     """Everything one rank trains on in an optimizer step; micro-batches and ``pictured`` as in ``Prepared``.
 
-    ``supervised_tokens`` are those of this rank; ``positions`` count padding too; ``wait_seconds`` is how
-    long the loop waited.
+    The rest is of all ranks together: ``supervised_tokens``, which the loss is divided by; ``positions``,
+    which count padding too. ``wait_seconds`` is how long the loop waited.
     """
 
     micro_batches: tuple[Mapping[str, Tensor] | None, ...]
@@ -47,8 +49,11 @@ class Loader:
     A worker that gives nothing for ``timeout`` seconds ends the run; 0 waits for ever.
     """
 
-    def __init__(self, reader: StepReader, *, workers: int, timeout: float) -> None:
+    def __init__(
+        self, reader: StepReader, *, workers: int, timeout: float, processes: Processes | None = None
+    ) -> None:
         self.reader, self.workers, self.timeout = reader, workers, timeout
+        self.processes = processes or Processes()
         self._steps: Iterator[Parcel] | None = None
         self._next = -1
 
@@ -67,7 +72,7 @@ class Loader:
         return self.reader.order.steps
 
     def step(self, step: int, ledger: Ledger) -> StepData:
-        """Read step ``step`` and enter its good and bad rows in the ledger.
+        """Read step ``step`` and enter the good and bad rows of all ranks in the ledger.
 
         Raises:
             DataError: if too many rows are bad.
@@ -76,22 +81,22 @@ class Loader:
         """
         start = time.perf_counter()
         prepared = self._prepared(step)
+        told = everywhere(self.processes, told_of(prepared))
         waited = time.perf_counter() - start
-        bad = [row for row in prepared.rows if row.reason]
-        for row in prepared.rows:
+        for row in told.rows:
             if row.reason:
-                name = self.reader.sources[row.row.source].name
-                ledger.quarantine((name, row.row.row), row.line, row.sample_id, row.reason)
+                name = self.reader.sources[row.source].name
+                ledger.quarantine((name, row.row), row.line, row.sample_id, row.reason)
             else:
                 ledger.used += 1
         return StepData(
             micro_batches=prepared.micro_batches,
             pictured=prepared.pictured,
-            sample_ids=tuple(row.sample_id for row in prepared.rows if not row.reason),
-            quarantined=len(bad),
-            tokens=prepared.tokens,
-            positions=prepared.positions,
-            supervised_tokens=prepared.supervised_tokens,
+            sample_ids=tuple(row.sample_id for row in told.rows if not row.reason),
+            quarantined=sum(bool(row.reason) for row in told.rows),
+            tokens=told.tokens,
+            positions=told.positions,
+            supervised_tokens=told.supervised_tokens,
             wait_seconds=waited,
         )
 

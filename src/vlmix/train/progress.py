@@ -52,6 +52,9 @@ class ProgressLine:
             line = f"{self._stage} {record.step}/{record.steps}  {figures}  {_clock(left)} left"
             self._console.print(line, highlight=False, soft_wrap=True)
 
+    def sync(self) -> None:
+        """Nothing is kept."""
+
     def close(self) -> None:
         """Leave the bar as it is and stop drawing."""
         if self._bar is not None:

@@ -20,6 +20,7 @@ from vlmix.core.sample import Sample
 from vlmix.models.batching import Encoded, Opened
 from vlmix.models.processing import VlmixProcessor
 from vlmix.train.batching import Shape, deal_window, plan_micro_batches
+from vlmix.train.feature_reader import FeatureReader
 from vlmix.train.order import DataOrder, RowId
 
 BAD_ROW = (SampleError, ImageError, ContextLengthError, ImageCountError)
@@ -38,10 +39,14 @@ class NamedSource:
 
 @dataclass(frozen=True, slots=True)
 class SampleEncoder:
-    """Samples to tensors, answers supervised; ``packed`` gives one row without padding."""
+    """Samples to tensors, answers supervised; ``packed`` gives one row without padding.
+
+    With ``features``, pictures that frozen encoders saw before are not opened.
+    """
 
     processor: VlmixProcessor
     packed: bool = False
+    features: FeatureReader | None = None
 
     def encode(self, sample: Sample) -> Encoded:
         """Words and placeholders of one sample; no picture is opened."""
@@ -49,7 +54,12 @@ class SampleEncoder:
 
     def open(self, encoded: Encoded) -> Opened:
         """Its pictures."""
-        return self.processor.open_images(encoded)
+        opened = self.processor.open_images(encoded)
+        return opened if self.features is None or not encoded.images else self.features.keyed(encoded, opened)
+
+    def kept(self, encoded: Sequence[Encoded]) -> list[Opened] | None:
+        """The pictures of a micro-batch as encoders saw them, if they saw all."""
+        return None if self.features is None else self.features.kept(encoded)
 
     def collate(self, encoded: Sequence[Encoded], opened: Sequence[Opened]) -> dict[str, Tensor]:
         """Several samples as one micro-batch."""
@@ -166,6 +176,9 @@ class StepReader(Dataset[Prepared]):
 
     def _open(self, rows: Sequence[Read]) -> list[tuple[Read, Opened | None]]:
         found: list[tuple[Read, Opened | None]] = []
+        kept = self.encoder.kept([row.encoded for row in rows if row.encoded is not None])
+        if kept is not None:
+            return list(zip(rows, kept, strict=True))
         for row in rows:
             try:
                 assert row.encoded is not None

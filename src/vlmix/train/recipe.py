@@ -7,19 +7,24 @@ settings by ``vlmix.train.checks``, which imports the part.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vlmix.core.adapters import AdapterSettings
 from vlmix.core.batching import BatchingSettings
 from vlmix.core.experts import ExpertSettings
+from vlmix.core.feature_cache import FeatureCacheSettings
+from vlmix.core.optimization import EmaSettings, ScheduleSettings, SpikeSettings
+from vlmix.core.parallel import ParallelSettings
 from vlmix.core.settings import Settings
 
 Raw = dict[str, Any]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 Fit = Literal["pad", "stretch", "crop"]
+LANGUAGE: Final = "language"
 
 
 class TokenizerTraining(Settings):
@@ -103,41 +108,17 @@ class DataSettings(Settings):
     get: str = ""
 
 
-class OptimizerSettings(Settings):
-    """AdamW, or Muon for the matrices inside the network and AdamW for the rest.
-
-    Norms, biases and other one-dimensional weights are never decayed. ``momentum`` is Muon's; Muon takes
-    the learning rates that AdamW would.
-    """
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    momentum: Share = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-
-
-class ScheduleSettings(Settings):
-    """How learning rates rise during warm-up and fall after it, down to ``floor`` times their peak.
-
-    Warm-up is ``warmup_steps`` where given, else ``warmup_share`` of the stage's steps.
-    """
-
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_share: Share = 0.03
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    floor: Share = 0.0
-
-
 class SoloSettings(Settings):
     """One encoder of the model, counted from 0, alone before the language model.
 
-    The ``projector`` between them is fresh when the stage begins and gone when it ends.
+    The ``projector`` between them is fresh when the stage begins and gone when it ends. With ``reuse`` a run
+    that did the same before, in any mixture, spares the training.
     Paper: Eagle, arXiv:2408.15998, pre-alignment.
     """
 
     encoder: Annotated[int, Field(ge=0)]
     projector: Raw
+    reuse: bool = True
 
 
 class Stage(Settings):
@@ -146,12 +127,17 @@ class Stage(Settings):
     ``train`` maps globs over parameter names (``encoders.0.*``, ``projector.*``, ``language_model.*``) to
     learning rates; the last glob that matches a parameter counts, and what none matches is frozen.
     ``batch_size`` is samples per optimizer step, run ``micro_batch_size`` at a time or as ``batching`` says.
-    ``max_bad`` is the share of unusable rows above which training stops. ``workers`` processes prepare data,
-    and one that gives nothing for ``worker_timeout`` seconds ends the run. ``chat_template`` and ``fit`` are
-    the model's unless given. In a ``solo`` stage ``projector.*`` is the solo one.
+    A stage with a ``task`` is learnt by the recipe's ``continual`` method. With ``publish`` the model as it
+    is after the stage is kept, under the stage's name in the run's folder ``models``. ``max_bad`` is the
+    share of unusable rows above which training stops. ``workers`` processes prepare data, and one that gives
+    nothing for ``worker_timeout`` seconds ends the run. ``chat_template`` and ``fit`` are the model's unless
+    given. In a ``solo`` stage ``projector.*`` is the solo one. ``layer_decay`` multiplies learning rates of
+    encoders and language model once for each block on the way from their output; in a mapping from globs to
+    factors the last that matches counts. ``fused_loss`` never holds all logits of a micro-batch.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    task: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9_-]*)?$")] = ""
     train: Annotated[dict[Text, PositiveFloat], Field(min_length=1)]
     data: Annotated[list[DataSettings], Field(min_length=1)]
     chat_template: Text | None = None
@@ -162,17 +148,29 @@ class Stage(Settings):
     batching: BatchingSettings = BatchingSettings()
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: Raw = Field(default_factory=dict, validate_default=True)
     schedule: ScheduleSettings = ScheduleSettings()
+    layer_decay: LayerDecay | dict[Text, LayerDecay] = 1.0
+    ema: EmaSettings | None = None
+    spikes: SpikeSettings | None = None
     clip: PositiveFloat | None = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    fused_loss: bool = False
+    compile: bool = False
     before: list[Raw] = Field(default_factory=list)
     start_from: Text = "previous"
     save_every_steps: PositiveInt | None = None
+    publish: bool = False
     max_bad: Share = 0.01
+    cache_features: Literal["auto"] | bool = "auto"
     workers: Annotated[int, Field(ge=0)] = 0
     worker_timeout: NonNegativeFloat = 600.0
+
+    @field_validator("optimizer")
+    @classmethod
+    def _adamw_unless_named(cls, raw: Raw) -> Raw:
+        return {"kind": "adamw", **raw}
 
     @model_validator(mode="after")
     def _length(self) -> Self:
@@ -192,21 +190,34 @@ class Stage(Settings):
 
 
 class EvalSettings(Settings):
-    """One benchmark to judge the finished model by, on its first ``limit`` questions."""
+    """One benchmark to judge the finished model by, on its first ``limit`` questions.
+
+    ``task`` is what it measures: a stage's task, or ``language`` for what was there before the first. Stages
+    that ``publish`` are then judged by it too, and the report shows what was forgotten.
+    """
 
     benchmark: Raw
     limit: PositiveInt | None = None
+    task: str = ""
 
 
 class Recipe(Settings):
-    """Everything that decides what a run trains; ``fidelity`` says where it differs from the ``paper``."""
+    """Everything that decides what a run trains; ``fidelity`` says where it differs from the ``paper``.
+
+    ``continual`` is how stages with a ``task`` keep what came before; task 1 is the language model's own.
+    Results of solo stages are kept in the folder ``results``: ``.aligned`` beside the run's unless given.
+    """
 
     name: Text
     paper: str = ""
     model: ModelSettings
     stages: Annotated[list[Stage], Field(min_length=1)]
+    continual: Raw | None = None
     evals: list[EvalSettings] = Field(default_factory=list)
     seed: Annotated[int, Field(ge=0)] = 0
+    results: Text | None = None
+    feature_cache: FeatureCacheSettings = FeatureCacheSettings()
+    parallel: ParallelSettings = ParallelSettings()
     fidelity: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -214,6 +225,34 @@ class Recipe(Settings):
         names = [stage.name for stage in self.stages]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {', '.join(twice)}; give each its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _every_task_is_measured(self) -> Self:
+        measured = {judged.task for judged in self.evals if judged.task}
+        known = {LANGUAGE, *(stage.task for stage in self.stages if stage.task)}
+        if strangers := sorted(measured - known):
+            raise ValueError(f"evals: no stage has the task {', '.join(strangers)}")
+        if measured and (missing := sorted(known - measured)):
+            raise ValueError(
+                f"evals: give every task a benchmark, or none; {', '.join(missing)} has no `task: …` here"
+            )
+        tasks = [stage.publish for stage in self.stages if stage.task]
+        if measured and not all(tasks):
+            raise ValueError("evals: a `task` is judged after every task; set `publish` on those stages")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_differ(self) -> Self:
+        tasks = [stage.task for stage in self.stages if stage.task]
+        if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+            raise ValueError(f"two stages are the task {', '.join(twice)}; a task is one stage")
+        if self.continual is not None and not tasks:
+            raise ValueError("continual: no stage has a `task`, so there is nothing for the method to do")
+        if alone := [stage.name for stage in self.stages if stage.task and stage.solo is not None]:
+            raise ValueError(
+                f"stage {alone[0]}: a task is learnt by the whole model; remove `solo` or `task`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,8 @@ from vlmix.core.files import write_text
 from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, SOURCES, VIEWS
 from vlmix.core.registry import Registry
 from vlmix.core.settings import read_settings
+from vlmix.train.continual import CONTINUAL
+from vlmix.train.optimizers import OPTIMIZERS
 from vlmix.train.recipe import Recipe
 from vlmix.train.transforms import TRANSFORMS
 from vlmix.train.yaml_file import parse_yaml, read_yaml
@@ -112,10 +114,13 @@ def parts_of(recipe: Recipe) -> Iterator[tuple[str, Registry[Any], dict[str, Any
     for s, stage in enumerate(recipe.stages):
         for d, data in enumerate(stage.data):
             yield f"stages.{s}.data.{d}.source", SOURCES, data.source
+        yield f"stages.{s}.optimizer", OPTIMIZERS, stage.optimizer
         if stage.solo is not None:
             yield f"stages.{s}.solo.projector", PROJECTORS, stage.solo.projector
         for b, transform in enumerate(stage.before):
             yield f"stages.{s}.before.{b}", TRANSFORMS, transform
+    if recipe.continual is not None:
+        yield "continual", CONTINUAL, recipe.continual
     for e, judged in enumerate(recipe.evals):
         yield f"evals.{e}.benchmark", BENCHMARKS, judged.benchmark
 
@@ -135,13 +140,21 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what no weight depends on, which may change when a run is resumed."""
-    free = {"name": True, "paper": True, "fidelity": True, "evals": True}
+    free = {
+        "name": True,
+        "paper": True,
+        "fidelity": True,
+        "evals": True,
+        "parallel": True,
+        "feature_cache": True,
+    }
     told = {"name": True, "rows": True, "get": True}
+    when = {"workers": True, "save_every_steps": True, "publish": True, "cache_features": True}
     return recipe.model_dump(
         mode="json",
         exclude={
             **free,
-            "stages": {"__all__": {"workers": True, "save_every_steps": True, "data": {"__all__": told}}},
+            "stages": {"__all__": {**when, "data": {"__all__": told}}},
         },
     )
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from vlmix.core.files import storage_errors, write_bytes, write_text
 
+_SOMETIMES = frozenset(("balance", "experts", "reused", "skipped"))
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -21,6 +23,8 @@ class StepRecord:
     ``learning_rates`` are by glob; ``lr`` is the highest of them. ``tokens`` are true ones, visual ones
     included; ``positions`` is what the decoder ran on, padding too. A model with experts adds ``balance``,
     the part of ``loss`` that balances them, and at times ``experts``: by layer, what ``expert_loads`` says.
+    ``reused`` is the folder of the result that took the place of the whole stage, told as its last step.
+    ``skipped`` says why the step changed no weight.
     """
 
     stage: str
@@ -40,6 +44,30 @@ class StepRecord:
     wait_seconds: float
     balance: float | None = None
     experts: Mapping[str, Mapping[str, float]] | None = None
+    reused: str | None = None
+    skipped: str | None = None
+
+
+def reused_stage(stage: str, steps: int, global_step: int, folder: Path) -> StepRecord:
+    """A stage of so many steps that was not trained, because its result was there, as its last step."""
+    return StepRecord(
+        stage=stage,
+        step=steps,
+        steps=steps,
+        global_step=global_step,
+        loss=None,
+        grad_norm=None,
+        lr=0.0,
+        learning_rates={},
+        samples=0,
+        quarantined=0,
+        tokens=0,
+        positions=0,
+        supervised_tokens=0,
+        seconds=0.0,
+        wait_seconds=0.0,
+        reused=str(folder),
+    )
 
 
 class Sink(Protocol):
@@ -47,6 +75,10 @@ class Sink(Protocol):
 
     def step(self, record: StepRecord) -> None:
         """Take note of one step."""
+        ...
+
+    def sync(self) -> None:
+        """Force to disk what a checkpoint relies on."""
         ...
 
     def close(self) -> None:
@@ -86,6 +118,7 @@ class TensorBoard:
         """Open an event file that takes over after global step ``keep_steps``."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=keep_steps + 1 if keep_steps else None)
 
     def step(self, record: StepRecord) -> None:
@@ -105,9 +138,13 @@ class TensorBoard:
             if value is not None:
                 self._writer.add_scalar(tag, value, record.global_step)
 
+    def sync(self) -> None:
+        """Nothing: events may be lost."""
+
     def close(self) -> None:
-        """Write out what is pending."""
-        self._writer.close()
+        """Write out what is pending, if there still is a folder to write to."""
+        if self._folder.is_dir():
+            self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -158,11 +195,9 @@ def smoothed(values: Sequence[float], memory: float = 0.9) -> list[float]:
 
 
 def _row(record: StepRecord) -> dict[str, Any]:
-    """All figures; those on experts only where there are some."""
+    """All figures; those that few steps have only where there are some."""
     row = asdict(record)
-    return {
-        key: value for key, value in row.items() if key not in {"balance", "experts"} or value is not None
-    }
+    return {key: value for key, value in row.items() if key not in _SOMETIMES or value is not None}
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -11,23 +12,30 @@ from torch import nn
 from vlmix.core.errors import CheckpointError, InputError
 from vlmix.core.files import (
     LOCK,
-    publish,
     recover,
     run_lock,
-    verify_manifest,
     write_json,
-    write_manifest,
 )
-from vlmix.models.loading import default_device, no_bars
+from vlmix.models.loading import default_device
 from vlmix.train.build import Setup, build, check_parts, load_setup, save_setup
-from vlmix.train.checkpoint import CHECKPOINTS, SETUP, Found, newest, versions
+from vlmix.train.checkpoint import (
+    CHECKPOINTS,
+    SETUP,
+    Found,
+    begin_random_state,
+    newest,
+    read_state,
+    versions,
+)
 from vlmix.train.data_sets import check_present
+from vlmix.train.dividing import build_divisible, check_divisible
+from vlmix.train.finished import publish_model
 from vlmix.train.interrupt import StopRequest
+from vlmix.train.parallel.processes import Processes, joined
 from vlmix.train.recipe import Recipe
 from vlmix.train.recipe_file import differences, load_recipe, write_recipe
 from vlmix.train.stages import Stages
 
-MODEL_SCHEMA = "vlmix.model/1"
 _RECIPE, _MODEL = "recipe.yaml", "model"
 
 
@@ -51,16 +59,44 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, console: Cons
     """
     check_parts(recipe)
     check_present(recipe)
-    with run_lock(out):
-        found = _resume_point(recipe, out, resume, console)
-        setup = load_setup(out / SETUP, recipe.seed) if found else build(recipe)
-        stages = Stages.plan(recipe, out, setup, console)
-        if found is None:
-            _write_down(recipe, setup, out)
-        cast("nn.Module", setup.model).to(default_device())
+    with joined(recipe.parallel) as team, ExitStack() as stack:
+        if team.world > 1:
+            check_divisible(recipe)
+        told = console if team.is_main else Console(quiet=True)
+        with team.together(f"opening {out}"):
+            if team.is_main:
+                stack.enter_context(run_lock(out))
+            found = _resume_point(recipe, out, resume, told) if team.is_main else None
+        found = _same_everywhere(found, team)
+        with team.together("building the model"):
+            setup = _set_up(recipe, out, found, team)
+            stages = Stages.plan(recipe, out, setup, told, team)
+        with team.together(f"writing to {out}"):
+            if found is None and team.is_main:
+                _write_down(recipe, setup, out)
+        if team.world == 1:
+            cast("nn.Module", setup.model).to(default_device())
         with StopRequest() as stop:
             stages.run(found, stop)
-        return _publish_model(setup, out / _MODEL)
+        return publish_model(setup, out / _MODEL, team)
+
+
+def _set_up(recipe: Recipe, out: Path, found: Found | None, team: Processes) -> Setup:
+    """The model as it is when the run begins, or with shapes where each process will read its share."""
+    if team.world == 1:
+        return load_setup(out / SETUP, recipe.seed) if found else build(recipe)
+    if found is not None:
+        return load_setup(out / SETUP, None)
+    setup = build_divisible(recipe)
+    if not team.is_main:
+        begin_random_state(str(recipe.seed), team.rank)
+    return setup
+
+
+def _same_everywhere(found: Found | None, team: Processes) -> Found | None:
+    """What the first process found, on all."""
+    folder = team.share(str(found.folder) if found else "")
+    return found if team.is_main or not folder else Found(Path(folder), read_state(Path(folder)), ())
 
 
 def _resume_point(recipe: Recipe, out: Path, resume: bool, console: Console) -> Found | None:
@@ -109,14 +145,3 @@ def _write_down(recipe: Recipe, setup: Setup, out: Path) -> None:
     write_json(out / "versions.json", versions())
     write_json(out / "resolved.json", recipe.model_dump(mode="json"))
     write_recipe(out / _RECIPE, recipe)
-
-
-def _publish_model(setup: Setup, folder: Path) -> Path:
-    """An ordinary transformers folder with the finished model and its processor."""
-    setup.model.eval()
-    with publish(folder) as new, no_bars():
-        setup.model.save_pretrained(new)
-        setup.processor.save_pretrained(new)
-        write_manifest(new, MODEL_SCHEMA)
-    verify_manifest(folder, MODEL_SCHEMA)
-    return folder

@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from rich.console import Console
 from torch.optim import Optimizer
 
 from vlmix.core.errors import CheckpointError, InterruptedRunError
 from vlmix.core.interfaces import Source
-from vlmix.core.parts import read_part
 from vlmix.data.ledger import FILE_NAME, Ledger
-from vlmix.models.adapters import bare, merged_tensors, reset_adapters
+from vlmix.models.looking import obstacle
 from vlmix.models.modeling import VlmixForConditionalGeneration
-from vlmix.models.plan import shape_only
 from vlmix.models.processing import VlmixProcessor
-from vlmix.moe.install import expert_layers
-from vlmix.train import checkpoint
+from vlmix.train import aligned, checkpoint
 from vlmix.train.build import Setup, open_sources, stage_processor
 from vlmix.train.checkpoint import CHECKPOINTS, Found, RunState
+from vlmix.train.compiling import compiled_layers
+from vlmix.train.continual._base import Memory
+from vlmix.train.continual._tasks import Tasks, conversations, mixed_weights
 from vlmix.train.data_sets import row_notes
+from vlmix.train.dividing import divide, has_shapes_alone, renew, same_draws
+from vlmix.train.feature_cache import (
+    FeatureCache,
+    Looks,
+    feature_cache,
+    feature_store,
+    looks_of_stages,
+    remove_own,
+)
+from vlmix.train.finished import publish_model
 from vlmix.train.interrupt import StopRequest
 from vlmix.train.loader import Loader
 from vlmix.train.loop import StageLoop
 from vlmix.train.optim import build_optimizer
 from vlmix.train.order import DataOrder, group_weights
+from vlmix.train.parallel.idle import Idle
+from vlmix.train.parallel.processes import Processes
 from vlmix.train.progress import ProgressLine
 from vlmix.train.reading import NamedSource, SampleEncoder, StepReader
 from vlmix.train.recipe import Recipe, Stage
-from vlmix.train.records import MetricsFile, Sink, TensorBoard, draw_curves, read_metrics
-from vlmix.train.solo import Running, running, select_for
+from vlmix.train.records import MetricsFile, Sink, TensorBoard, draw_curves, read_metrics, reused_stage
+from vlmix.train.solo import Running, draw_from, running, select_for, stage_seed
+from vlmix.train.structure import load_model_weights, reshape, shapes_of, transform
 from vlmix.train.trainable import Selection, table
-from vlmix.train.transforms import TRANSFORMS
-from vlmix.train.transforms._base import Transform
+from vlmix.train.upkeep import Upkeep
 
-METRICS = "metrics.jsonl"
+METRICS, MODELS = "metrics.jsonl", "models"
+_METHOD = "continual"  # the stem of a checkpoint's file
 
 
 @dataclass(frozen=True)
@@ -53,10 +65,16 @@ class Stages:
     console: Console
     sources: tuple[list[Source], ...]
     orders: tuple[DataOrder, ...]
+    tasks: Tasks
+    memories: tuple[list[Memory], ...]
+    looks: tuple[Looks, ...]
     ledgers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    team: Processes = field(default_factory=Processes)
 
     @staticmethod
-    def plan(recipe: Recipe, out: Path, setup: Setup, console: Console) -> Stages:
+    def plan(
+        recipe: Recipe, out: Path, setup: Setup, console: Console, processes: Processes | None = None
+    ) -> Stages:
         """Check every stage before the first begins: its globs against the model, its data for rows.
 
         Raises:
@@ -65,13 +83,21 @@ class Stages:
             CheckpointError: if a stage starts from a folder that is no model.
 
         """
-        shapes = _shapes(recipe, setup)
+        tasks = Tasks.of(recipe)
+        tasks.check(1 if processes is None else processes.world)
+        shapes = shapes_of(recipe, setup, tasks)
+        obstacles: list[str] = []
         for index, stage in enumerate(recipe.stages):
             whole = stage.solo is None and shapes is not None
             if shapes is not None:
-                _reshape(stage, shapes)
-            ran = shapes if whole else running(setup, stage, (recipe.seed, index)).model
-            select_for(stage, cast("VlmixForConditionalGeneration", ran))
+                reshape(stage, shapes)
+            ran = shapes if whole else running(setup, stage, stage_seed(recipe, index)).model
+            checked = cast("VlmixForConditionalGeneration", ran)
+            if tasks.reshapes(stage):
+                checked = copy.deepcopy(checked)
+                tasks.reshape(stage, checked)
+            select_for(tasks.meant(stage, checked), checked)
+            obstacles.append(obstacle(checked.model))
             if stage.start_from != "previous" and not (Path(stage.start_from) / "config.json").is_file():
                 raise CheckpointError(
                     f"start_from: {stage.start_from} is not a model folder; it has no config.json"
@@ -80,9 +106,15 @@ class Stages:
         for stage, opened in zip(recipe.stages, sources, strict=True):
             for note in row_notes(stage, opened):
                 console.print(f"warning: stage {stage.name}: {note}", markup=False, soft_wrap=True)
-        sizes = ([len(source) for source in opened] for opened in sources)
-        orders = tuple(stage_order(recipe, index, found) for index, found in enumerate(sizes))
-        return Stages(recipe, out, setup, console, sources, orders)
+        orders: list[DataOrder] = []
+        memories: list[list[Memory]] = []
+        for index, opened in enumerate(sources):
+            memories.append(tasks.memories(recipe.stages[index]))
+            orders.append(stage_order(recipe, index, [len(source) for source in opened], memories[index]))
+            tasks.planned(recipe.stages[index], opened, orders[index])
+        looks = looks_of_stages(recipe, obstacles, orders)
+        found = (sources, tuple(orders), tasks, tuple(memories), looks)
+        return Stages(recipe, out, setup, console, *found, team=processes or Processes())
 
     def run(self, found: Found | None, stop: StopRequest) -> None:
         """Run every stage from the beginning, or from the checkpoint that was found.
@@ -93,16 +125,53 @@ class Stages:
 
         """
         for stage in self.recipe.stages[: found.state.stage_index + 1 if found is not None else 0]:
-            _reshape(stage, self.setup.model)
+            reshape(stage, self.setup.model)
+        if found is not None:
+            self.tasks.reshape(self.recipe.stages[found.state.stage_index], self.setup.model)
         for index in range(found.state.stage_index if found is not None else 0, len(self.recipe.stages)):
             here = found if found is not None and found.state.stage_index == index else None
-            if here is None:
-                self._prepare(self.recipe.stages[index])
-            ran = running(self.setup, self.recipe.stages[index], (self.recipe.seed, index))
-            if here is not None:
-                self._take_up(here, ran)
-            if here is None or here.state.step < here.state.steps:
+            ran = self._ready(index, here)
+            if self.recipe.stages[index].solo is not None:
+                self._alone(index, ran, here, stop)
+            elif here is None or here.state.step < here.state.steps:
                 self._stage(index, ran, here, stop)
+            self._finish(self.recipe.stages[index], self._loader(index, ran.processor).reader, ran)
+        remove_own(self.recipe, self.out)
+
+    def _ready(self, index: int, found: Found | None) -> Running:
+        """The model of a stage as it begins, or as the checkpoint found it."""
+        stage = self.recipe.stages[index]
+        if found is None:
+            renew(self.setup, self.recipe.stages[: index + 1], self.out, self.team)
+            with same_draws(self.team):
+                self._prepare(stage)
+        ran = running(self.setup, stage, stage_seed(self.recipe, index))
+        source, ahead = found.folder if found else self.out, self.looks[index] != "inside"
+        divide(self.setup, stage, ran, self.team, source, looks_ahead=ahead)
+        if found is not None:
+            self._take_up(found, ran)
+        return ran
+
+    def _alone(self, index: int, ran: Running, found: Found | None, stop: StopRequest) -> None:
+        """A solo stage: its result taken over where there is one, otherwise computed and kept.
+
+        Random numbers start anew before and after it, so that neither way disturbs what follows.
+        """
+        stage, order = self.recipe.stages[index], self.orders[index]
+        root = Path(self.recipe.results) if self.recipe.results else self.out.parent / aligned.FOLDER
+        results, folder = aligned.Results(root, self.out, self.console), None
+        if found is None:
+            draw_from(stage_seed(self.recipe, index))
+            folder = results.begin(stage, ran, select_for(stage, ran.model), order)
+        if folder is not None:
+            before = sum(earlier.steps for earlier in self.orders[:index])
+            with closing(MetricsFile(self.out / METRICS, before)) as metrics:
+                metrics.step(reused_stage(stage.name, order.steps, before + order.steps, folder))
+        else:
+            if found is None or found.state.step < found.state.steps:
+                self._stage(index, ran, found, stop)
+            results.end(stage, ran)
+        draw_from((self.recipe.seed, index))
 
     def _take_up(self, found: Found, ran: Running) -> None:
         state = found.state
@@ -111,72 +180,108 @@ class Stages:
                 f"the data of stage {state.stage} changed since {found.folder}: another number of rows. "
                 "Restore the data, or start again in another folder"
             )
-        checkpoint.load_weights(found.folder, ran.kept)
-        checkpoint.load_random_state(found.folder)
+        if self.team.world == 1:
+            checkpoint.load_weights(found.folder, ran.kept)
+        stage = self.recipe.stages[state.stage_index]
+        if stage.task:
+            select_for(self.tasks.meant(stage, ran.model), ran.model)
+        self.tasks.method.load(checkpoint.load_more(found.folder, _METHOD), ran.model)
+        checkpoint.load_random_state(found.folder, self.team)
         self.ledgers.update(state.ledgers)
         self.console.print(f"resuming stage {state.stage} after step {state.step} of {state.steps}")
 
     def _stage(self, index: int, ran: Running, found: Found | None, stop: StopRequest) -> None:
         stage = self.recipe.stages[index]
         self.setup.model.zero_grad(set_to_none=True)
-        selection = select_for(stage, ran.model)
+        selection = select_for(self.tasks.meant(stage, ran.model), ran.model)
         self.console.print(table(selection, stage.name))
         optimizer = build_optimizer(selection, stage.optimizer, ran.model)
+        before = sum(order.steps for order in self.orders[:index])
+        upkeep = Upkeep(stage, selection, self.out, before, writes=self.team.is_main)
+        upkeep.begin(found)
         if found is not None:
             checkpoint.load_optimizer(found.folder, selection.parameters, optimizer)
+        elif stage.task:
+            self.tasks.method.begin(ran.model)
         first_step = found.state.step if found is not None else 0
-        self._train(index, first_step, _Trained(ran, selection, optimizer), stop)
-        draw_curves(read_metrics(self.out / METRICS), self.out / "curves.png")
+        self._train(index, first_step, _Trained(ran, selection, optimizer, upkeep), stop)
+        if self.team.is_main:
+            draw_curves(read_metrics(self.out / METRICS), self.out / "curves.png")
         if stop.signal:
             raise InterruptedRunError(
                 f"stopped by {stop.signal} in stage {stage.name}; the run was saved. Continue with --resume"
             )
 
+    def _finish(self, stage: Stage, reader: StepReader, ran: Running) -> None:
+        """What follows the last step; done again where a run goes on from the stage's last checkpoint."""
+        if stage.task:
+            self.tasks.method.end(ran.model, conversations(reader, ran.model))
+        if stage.publish:
+            publish_model(self.setup, self.out / MODELS / stage.name, self.team)
+
     def _prepare(self, stage: Stage) -> None:
         """Start from another model's weights where asked to, then apply the transforms."""
-        if stage.start_from != "previous":
+        if stage.start_from != "previous" and not has_shapes_alone(self.setup.model):
             load_model_weights(self.setup.model, stage.start_from)
         for raw in stage.before:
-            self.console.print(_transform(raw).apply(self.setup.model), markup=False, soft_wrap=True)
+            self.console.print(transform(raw).apply(self.setup.model), markup=False, soft_wrap=True)
+        self.tasks.reshape(stage, self.setup.model)
 
     def _train(self, index: int, first_step: int, trained: _Trained, stop: StopRequest) -> None:
         stage, order = self.recipe.stages[index], self.orders[index]
         before = sum(earlier.steps for earlier in self.orders[:index])
-        metrics = MetricsFile(self.out / METRICS, before + first_step)
-        sinks: list[Sink] = [
-            metrics,
-            TensorBoard(self.out / "tensorboard", before + first_step),
-            ProgressLine(self.console, stage.name, order.steps, first_step),
-        ]
         with ExitStack() as stack:
+            sinks = self._sinks(stage.name, before, first_step, order.steps) if self.team.is_main else []
             for sink in sinks:
                 stack.callback(sink.close)
+            if stage.compile:
+                stack.enter_context(compiled_layers(trained.running.model.model.decoder))
             ledger = self._ledger(stage)
-            loader = stack.enter_context(self._loader(index, trained.running.processor))
+            features = self._features(index, trained.running)
+            loader = stack.enter_context(self._loader(index, trained.running.processor, features))
             loop = StageLoop(
                 stage=stage,
                 model=trained.running.model,
                 selection=trained.selection,
                 optimizer=trained.optimizer,
+                upkeep=trained.upkeep,
                 loader=loader,
                 ledger=ledger,
                 sinks=sinks,
                 steps_before=before,
                 folder=self.out,
+                method=self.tasks.method if stage.task else None,
+                features=features,
+                processes=self.team,
+                idle=Idle(replace(loader.reader.encoder, features=None)) if self.team.world > 1 else None,
             )
 
             def after_step(done: int) -> bool:
+                if self.team.any(bool(stop.signal)):
+                    stop.signal = stop.signal or "a signal to another process"
                 is_due = stage.save_every_steps is not None and done % stage.save_every_steps == 0
+                if done == order.steps:
+                    trained.upkeep.hand_on(trained.optimizer)
                 if is_due or done == order.steps or stop.signal:
-                    metrics.sync()
+                    for sink in sinks:
+                        sink.sync()
                     self.ledgers[stage.name] = ledger.to_dict()
                     self._save(index, done, trained)
                 return bool(stop.signal)
 
             loop.run(first_step, after_step)
+        if features is not None and features.summary:
+            self.console.print(f"{stage.name}: {features.summary}", soft_wrap=True)
         self.console.print(
             f"{stage.name}: {ledger.read} rows read = {ledger.used} used + {ledger.quarantined} quarantined"
         )
+
+    def _sinks(self, stage: str, before: int, first_step: int, steps: int) -> list[Sink]:
+        return [
+            MetricsFile(self.out / METRICS, before + first_step),
+            TensorBoard(self.out / "tensorboard", before + first_step),
+            ProgressLine(self.console, stage, steps, first_step),
+        ]
 
     def _save(self, index: int, done: int, trained: _Trained) -> None:
         order = self.orders[index]
@@ -192,26 +297,45 @@ class Stages:
             versions=checkpoint.versions(),
         )
         named = trained.selection.parameters
-        checkpoint.save(self.out / CHECKPOINTS, state, trained.running.kept, named, trained.optimizer)
+        more = {_METHOD: self.tasks.method.state(), **trained.upkeep.state()}
+        what = (trained.running.kept, named, trained.optimizer)
+        checkpoint.save(self.out / CHECKPOINTS, state, *what, self.team, more)
 
     def _ledger(self, stage: Stage) -> Ledger:
-        path = self.out / FILE_NAME
+        path = self.out / FILE_NAME if self.team.is_main else None
         if stage.name in self.ledgers:
             return Ledger.from_dict(path, self.ledgers[stage.name], max_bad=stage.max_bad)
         return Ledger(path, max_bad=stage.max_bad)
 
-    def _loader(self, index: int, processor: VlmixProcessor) -> Loader:
+    def _features(self, index: int, ran: Running) -> FeatureCache | None:
+        stage = self.recipe.stages[index]
+        images = stage_processor(ran.processor, stage).image_processor
+
+        def say(text: str) -> None:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+        store = feature_store(self.recipe, self.out, say, self.team.world)
+        return feature_cache(self.looks[index], stage, ran.model.model, images, store)
+
+    def _loader(self, index: int, processor: VlmixProcessor, features: FeatureCache | None = None) -> Loader:
         stage = self.recipe.stages[index]
         names = [f"{stage.name}.data.{i}.{data.source['kind']}" for i, data in enumerate(stage.data)]
         sources = [NamedSource(*pair) for pair in zip(names, self.sources[index], strict=True)]
+        sources += [NamedSource(f"{stage.name}.{m.name}", m.source) for m in self.memories[index]]
         reader = StepReader(
             self.orders[index],
             sources,
-            SampleEncoder(stage_processor(processor, stage), stage.batching.pack),
+            SampleEncoder(
+                stage_processor(processor, stage),
+                stage.batching.pack,
+                None if features is None else features.reader,
+            ),
             stage.batching,
             stage.micro_batch_size or stage.batch_size,
+            self.team.rank,
+            self.team.world,
         )
-        return Loader(reader, workers=stage.workers, timeout=stage.worker_timeout)
+        return Loader(reader, workers=stage.workers, timeout=stage.worker_timeout, processes=self.team)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,28 +345,13 @@ class _Trained:
     running: Running
     selection: Selection
     optimizer: Optimizer
+    upkeep: Upkeep
 
 
-def _transform(raw: dict[str, Any]) -> Transform:
-    return TRANSFORMS.get(raw["kind"])(read_part(TRANSFORMS, raw))
-
-
-def _shapes(recipe: Recipe, setup: Setup) -> VlmixForConditionalGeneration | None:
-    """The model with shapes alone, where stages change its structure; they are checked on it."""
-    kinds = {raw["kind"] for stage in recipe.stages for raw in stage.before}
-    if all(TRANSFORMS.get(kind).reshape is Transform.reshape for kind in kinds):
-        return None
-    return shape_only(copy.deepcopy(setup.model.config), torch.float32)
-
-
-def _reshape(stage: Stage, model: VlmixForConditionalGeneration) -> None:
-    """Give ``model`` the structure it has in ``stage``."""
-    for raw in stage.before:
-        _transform(raw).reshape(model)
-
-
-def stage_order(recipe: Recipe, index: int, sizes: Sequence[int]) -> DataOrder:
-    """The order in which stage ``index`` draws rows from sources of these sizes.
+def stage_order(
+    recipe: Recipe, index: int, sizes: Sequence[int], memories: Sequence[Memory] = ()
+) -> DataOrder:
+    """The order in which stage ``index`` draws rows from sources of these sizes, and from memories.
 
     Raises:
         RecipeError: if a source is empty or its weight too small.
@@ -250,48 +359,12 @@ def stage_order(recipe: Recipe, index: int, sizes: Sequence[int]) -> DataOrder:
     """
     stage = recipe.stages[index]
     shares = group_weights([data.group for data in stage.data], sizes)
+    weights = [data.weight or share for data, share in zip(stage.data, shares, strict=True)]
     return DataOrder.plan(
-        sizes,
-        [data.weight or share for data, share in zip(stage.data, shares, strict=True)],
+        [*sizes, *(len(memory.source) for memory in memories)],
+        mixed_weights(weights, sizes, memories),
         stage.batch_size,
-        (recipe.seed, index),
+        stage_seed(recipe, index),
         steps=stage.steps,
         epochs=stage.epochs,
     )
-
-
-def load_model_weights(model: VlmixForConditionalGeneration, folder: str) -> None:
-    """Copy the weights of a model folder into ``model``.
-
-    Where the two have different adapters, the folder's are merged into its weights and those of ``model``
-    start anew.
-
-    Raises:
-        CheckpointError: if it is another kind of model, has other experts, or a tensor does not fit.
-
-    """
-    other = VlmixForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-    theirs, tensors = other.config.adapter_settings(), other.state_dict()
-    _check_experts(other, model, folder)
-    try:
-        if theirs == model.config.adapter_settings():
-            model.load_state_dict(tensors)
-            return
-        with bare(model):
-            model.load_state_dict(merged_tensors(tensors, theirs))
-        reset_adapters(model)
-    except RuntimeError as error:
-        raise CheckpointError(f"start_from: the weights of {folder} do not fit: {error}") from None
-
-
-def _check_experts(
-    other: VlmixForConditionalGeneration, model: VlmixForConditionalGeneration, folder: str
-) -> None:
-    theirs, ours = ({layer.name: layer.router_experts for layer in expert_layers(m)} for m in (other, model))
-    if theirs != ours:
-        raise CheckpointError(
-            f"start_from: {folder} has {len(theirs)} layers of experts, and the model of this stage, so far, "
-            f"{len(ours)}; places and numbers of experts must be the same. Where the folder is dense, take "
-            "the mixture out of `model.experts` and put it into this stage, `before: [{kind: upcycle, …}]`, "
-            "which comes after start_from; else give the recipe the folder's mixtures in `model.experts`"
-        )

@@ -59,8 +59,9 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     raw["model"] = _model(recipe)
     raw["stages"] = [_stage(stage, folder) for stage in recipe.stages]
     _shrink_later(recipe, raw)
+    raw["feature_cache"]["folder"] = None  # toys do not go where real features are
     raw["evals"] = [
-        {"benchmark": _benchmark(judged.benchmark["kind"], folder), "limit": QUESTIONS}
+        {"benchmark": _benchmark(judged.benchmark["kind"], folder), "limit": QUESTIONS, "task": judged.task}
         for judged in recipe.evals
     ]
     raw["fidelity"] = ["A dress rehearsal at toy size: nothing is learnt and nothing is claimed."]

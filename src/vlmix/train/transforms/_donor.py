@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from vlmix.core.errors import CheckpointError
@@ -15,6 +14,7 @@ from vlmix.models.adapters import merged_tensors
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.loading import model_folder
 from vlmix.train.checkpoint import CHECKPOINTS, SETUP, newest
+from vlmix.train.parallel.pieces import Stored
 
 # What an encoder is shown, and how it was trained, may differ; what its weights compute may not.
 _FREE = frozenset(
@@ -110,13 +110,5 @@ def _check_shapes(path: Path, number: int, found: Mapping[str, Tensor], wanted: 
 
 def _read(folder: Path, prefix: str) -> dict[str, Tensor]:
     """Every tensor whose name starts with ``prefix``, from one file or several."""
-    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
-        placed = read_json(index)["weight_map"].items()
-        names = {Path(file).name for name, file in placed if name.startswith(prefix)}
-    found: dict[str, Tensor] = {}
-    for name in sorted(names):
-        with safe_open(folder / name, framework="pt") as stored:
-            inside = [key for key in stored.keys() if key.startswith(prefix)]  # noqa: SIM118  (not a dictionary)
-            found |= {key: stored.get_tensor(key) for key in inside}
-    return found
+    stored = Stored(folder, "model")
+    return {name: stored.read(name) for name in sorted(stored.names) if name.startswith(prefix)}
