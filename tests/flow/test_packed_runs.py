@@ -1,4 +1,4 @@
-"""A run with packed rows and a fused loss is the run without, step by step; pictures and text alone are mixed."""
+"""A run with packed rows and a fused loss is the run without, step by step; some rows are text alone."""
 
 import json
 
