@@ -21,6 +21,7 @@ from vlmix.models.configuration import VlmixConfig
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.packing import DOCUMENTS, check_packing
 
+pytestmark = pytest.mark.parity
 IMAGES, WORDS = (2, 0, 1, 0, 1), (6, 1, 9, 14, 7)
 WINDOW = {"num_key_value_heads": 2, "sliding_window": 6}  # shorter than most of the conversations
 # What else there is to attention: windows, caps, heads that look elsewhere, experts of the decoder's own.
