@@ -51,3 +51,12 @@ def test_packed_rows_and_a_fused_loss_train_alike(words, tmp_path):
         if "pack" in more.get("batching", {}):
             assert all(row["positions"] == row["tokens"] for row in rows)
     assert sum(row["positions"] for row in padded) > sum(row["tokens"] for row in padded)
+
+
+def test_eight_at_once_are_eight_one_by_one(words, tmp_path):
+    for size in (8, 1):
+        train(still(words, batch_size=8, micro_batch_size=size), tmp_path / str(size))
+    once, each = told(tmp_path / "8"), told(tmp_path / "1")
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in each] == pytest.approx([row[key] for row in once], rel=NEAR)
+    assert [row["samples"] for row in each] == [8, 8, 8]
