@@ -16,10 +16,12 @@ pytestmark = pytest.mark.flow
 
 @pytest.fixture(scope="module")
 def claims():
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as where the script runs
     spec = importlib.util.spec_from_file_location("continual_claims", ROOT / "benchmarks/continual_claims.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up
     spec.loader.exec_module(module)
+    sys.path.pop(0)
     return module
 
 
