@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Final, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from vlmix.moe.products import Sorting, combine, gather, multiply
+from vlmix.moe.products import Inside, Sorting, Weights, combine, run_networks
 
 LOOP: Final = "loop"
 # Grouped products read rows in steps of this many bytes.
@@ -32,6 +32,7 @@ class Stacked(Protocol):
     inputs: int
     inner: int
     outputs: int
+    act_fn: nn.Module
     _is_expert_parallel: bool
 
     @property
@@ -120,10 +121,9 @@ def loop(experts: Stacked, x_RD: Tensor, indices_RK: Tensor, weights_RK: Tensor)
             return _one_row(experts, x_RD, indices_RK, weights_RK)
         if indices_RK.numel() > _FEW * experts.num_experts:
             return _many_rows(experts, x_RD, indices_RK, weights_RK)
-    sorting = Sorting.of(indices_RK, experts.num_experts)
-    inner_SI = experts.inside(multiply(gather(x_RD, sorting), experts.first, experts.first_bias, sorting))
-    y_SO = multiply(inner_SI, experts.down_proj, experts.last_bias, sorting)
-    return combine(y_SO, weights_RK, sorting)
+    weights = Weights(experts.first, experts.down_proj, experts.first_bias, experts.last_bias)
+    inside = Inside(experts.inside, tuple(experts.act_fn.parameters()))
+    return run_networks(x_RD, weights_RK, Sorting.of(indices_RK, experts.num_experts), weights, inside)
 
 
 def _one_row(experts: Stacked, x_1D: Tensor, indices_1K: Tensor, weights_1K: Tensor) -> Tensor:

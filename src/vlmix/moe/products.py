@@ -1,14 +1,16 @@
-"""Rows sorted by expert, and products with stacked weights whose gradients are written into one stack.
+"""Networks of stacked weights as one step of autograd: rows sorted by expert, one stack of gradients.
 
 S counts choices: K of each of the R rows. Indexing a stack instead gives every expert a gradient of the
-whole stack's size.
+whole stack's size, and a step for each product costs more than the product where rows are few. What stands
+between the products is computed again for the gradients, so its inner values are never kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,77 +51,120 @@ class Sorting:
         return [(expert, slice(start, stop)) for expert, (start, stop) in pairs if start < stop]
 
 
-def gather(x_RD: Tensor, sorting: Sorting) -> Tensor:
-    """The row of each sorted choice: (S, D)."""
-    return _apply(_Gather, x_RD, sorting)
+class Weights(NamedTuple):
+    """Stacked weights of E networks, their biases where they have any."""
+
+    first: Tensor  # (E, H, D)
+    last: Tensor  # (E, O, I)
+    first_bias: Tensor | None  # (E, H)
+    last_bias: Tensor | None  # (E, O)
 
 
-def multiply(x_SI: Tensor, stack_EOI: Tensor, bias_EO: Tensor | None, sorting: Sorting) -> Tensor:
-    """Every sorted choice times its expert's matrix, in the precision of the choices: (S, O)."""
-    return _apply(_Multiply, x_SI, stack_EOI, bias_EO, sorting)
+class Inside(NamedTuple):
+    """What stands between the two products, (S, H) -> (S, I), and the parameters it has."""
+
+    run: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor]
 
 
-def combine(y_SO: Tensor, weights_RK: Tensor, sorting: Sorting) -> Tensor:
+def run_networks(
+    x_RD: Tensor, shares_RK: Tensor, sorting: Sorting, weights: Weights, inside: Inside
+) -> Tensor:
+    """Each row through its networks, weighted by its shares and added up in float32 or better: (R, O).
+
+    Products are in the precision of the rows. ``inside`` must give the same again for the same input.
+    """
+    inputs = (x_RD, shares_RK, *weights, *inside.parameters)
+    return _Networks.apply(sorting, inside.run, *inputs)  # pyright: ignore[reportReturnType]
+
+
+def combine(y_SO: Tensor, shares_RK: Tensor, sorting: Sorting) -> Tensor:
     """The weighted sum of each row's choices, added up in float32 or better: (R, O)."""
-    return _apply(_Combine, y_SO, weights_RK, sorting)
+    exact = torch.promote_types(y_SO.dtype, torch.float32)
+    sums_RO = F.embedding_bag(
+        sorting.back, y_SO.to(exact), mode="sum", per_sample_weights=shares_RK.to(exact)
+    )
+    return sums_RO.to(y_SO.dtype)
 
 
-def _apply(function: type[Function], *inputs: Any) -> Tensor:
-    return function.apply(*inputs)  # pyright: ignore[reportReturnType]
-
-
-class _Gather(Function):
-    """Its gradient is read in the rows' order: no sum at random places."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, sorting: Sorting) -> Tensor:
-        ctx.sorting = sorting
-        return x_RD.index_select(0, sorting.rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_SD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        back_RK = ctx.sorting.back
-        return g_SD.index_select(0, back_RK.flatten()).unflatten(0, back_RK.shape).sum(1), None
-
-
-class _Multiply(Function):
+class _Networks(Function):
     """Weights of another precision are converted one expert at a time, so no second stack is ever kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_SI: Tensor, stack_EOI: Tensor, bias_EO: Tensor | None, sorting: Sorting
-    ) -> Tensor:
-        ctx.save_for_backward(x_SI, stack_EOI)
-        ctx.sorting, ctx.bias = sorting, None if bias_EO is None else bias_EO.dtype
-        y_SO = x_SI.new_empty(len(x_SI), stack_EOI.shape[1])
-        y_SO[sorting.bounds[-1] :].zero_()
-        for expert, span in sorting.spans():
-            matrix_IO = stack_EOI[expert].to(x_SI.dtype).T
-            if bias_EO is None:
-                torch.mm(x_SI[span], matrix_IO, out=y_SO[span])
-            else:
-                torch.addmm(bias_EO[expert].to(x_SI.dtype), x_SI[span], matrix_IO, out=y_SO[span])
-        return y_SO
+    def forward(ctx: Any, sorting: Sorting, run: Callable[[Tensor], Tensor], *inputs: Any) -> Tensor:
+        x_RD, shares_RK, first, last, first_bias, last_bias, *_ = inputs
+        h_SH = _product(x_RD.index_select(0, sorting.rows), first, first_bias, sorting)
+        y_SO = _product(run(h_SH), last, last_bias, sorting)
+        ctx.save_for_backward(h_SH, y_SO, *inputs)
+        ctx.sorting, ctx.run = sorting, run
+        return combine(y_SO, shares_RK, sorting)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_SO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_SI, stack_EOI = ctx.saved_tensors
-        sorting, g_SO = ctx.sorting, g_SO.contiguous()
-        needs_x, needs_stack, needs_bias, _ = ctx.needs_input_grad
-        dx_SI = torch.empty_like(x_SI) if needs_x else None
-        if dx_SI is not None:
-            dx_SI[sorting.bounds[-1] :].zero_()
-            for expert, span in sorting.spans():
-                torch.mm(g_SO[span], stack_EOI[expert].to(g_SO.dtype), out=dx_SI[span])
-        dw_EOI = _weight_gradient(g_SO, x_SI, stack_EOI, sorting) if needs_stack else None
-        db_EO = None
-        if needs_bias:
-            db_EO = g_SO.new_zeros(stack_EOI.shape[:2], dtype=ctx.bias)
-            for expert, span in sorting.spans():
-                db_EO[expert] = g_SO[span].sum(0)
-        return dx_SI, dw_EOI, db_EO, None
+    def backward(ctx: Any, g_RO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        h_SH, y_SO, x_RD, shares_RK, first, last, first_bias, last_bias, *parameters = ctx.saved_tensors
+        needs_x, needs_shares, *needs = ctx.needs_input_grad[2:]
+        sorting: Sorting = ctx.sorting
+        rows_S, back_RK = sorting.rows, sorting.back
+        g_SO = g_RO.index_select(0, rows_S)
+        d_shares = _share_gradient(g_SO, y_SO, shares_RK, sorting) if needs_shares else None
+        g_SO = g_SO.mul_(shares_RK.flatten()[sorting.order].unsqueeze(-1))
+        # Neither this nor the products around it are left to the autocast of whoever asks for gradients.
+        with torch.enable_grad(), torch.autocast(g_RO.device.type, enabled=False):
+            h_SH = h_SH.detach().requires_grad_()
+            inner_SI = ctx.run(h_SH)
+        learnt = [p for p, need in zip(parameters, needs[4:], strict=True) if need]
+        g_SH, *found = torch.autograd.grad(inner_SI, (h_SH, *learnt), _input_gradient(g_SO, last, sorting))
+        d_x = d_first = d_last = d_first_bias = d_last_bias = None
+        if needs_x:
+            # Read in the rows' order: no sum at random places.
+            d_x_RKD = _input_gradient(g_SH, first, sorting).index_select(0, back_RK.flatten())
+            d_x = d_x_RKD.unflatten(0, back_RK.shape).sum(1)
+        # Last, since filling stacks drives the weights that were read out of the caches.
+        if needs[0]:
+            d_first = _weight_gradient(g_SH, x_RD.index_select(0, rows_S), first, sorting)
+        if needs[1]:
+            d_last = _weight_gradient(g_SO, inner_SI.detach(), last, sorting)
+        if needs[2]:
+            d_first_bias = _bias_gradient(g_SH, first_bias, sorting)
+        if needs[3]:
+            d_last_bias = _bias_gradient(g_SO, last_bias, sorting)
+        given = iter(found)
+        d_parameters = (next(given) if need else None for need in needs[4:])
+        return None, None, d_x, d_shares, d_first, d_last, d_first_bias, d_last_bias, *d_parameters
+
+
+def _product(x_SI: Tensor, stack_EOI: Tensor, bias_EO: Tensor | None, sorting: Sorting) -> Tensor:
+    """Every sorted choice times its expert's matrix: (S, O)."""
+    y_SO = x_SI.new_empty(len(x_SI), stack_EOI.shape[1])
+    y_SO[sorting.bounds[-1] :].zero_()
+    for expert, span in sorting.spans():
+        matrix_IO = stack_EOI[expert].to(x_SI.dtype).T
+        if bias_EO is None:
+            torch.mm(x_SI[span], matrix_IO, out=y_SO[span])
+        else:
+            torch.addmm(bias_EO[expert].to(x_SI.dtype), x_SI[span], matrix_IO, out=y_SO[span])
+    return y_SO
+
+
+def _input_gradient(g_SO: Tensor, stack_EOI: Tensor, sorting: Sorting) -> Tensor:
+    dx_SI = g_SO.new_empty(len(g_SO), stack_EOI.shape[2])
+    dx_SI[sorting.bounds[-1] :].zero_()
+    for expert, span in sorting.spans():
+        torch.mm(g_SO[span], stack_EOI[expert].to(g_SO.dtype), out=dx_SI[span])
+    return dx_SI
+
+
+def _share_gradient(g_SO: Tensor, y_SO: Tensor, shares_RK: Tensor, sorting: Sorting) -> Tensor:
+    d_S = (g_SO * y_SO).sum(-1, dtype=torch.promote_types(shares_RK.dtype, torch.float32))
+    return d_S[sorting.back].to(shares_RK.dtype)
+
+
+def _bias_gradient(g_SO: Tensor, bias_EO: Tensor, sorting: Sorting) -> Tensor:
+    d_EO = torch.zeros_like(bias_EO)
+    for expert, span in sorting.spans():
+        d_EO[expert] = g_SO[span].sum(0)
+    return d_EO
 
 
 def _weight_gradient(g_SO: Tensor, x_SI: Tensor, stack_EOI: Tensor, sorting: Sorting) -> Tensor:
@@ -140,31 +185,3 @@ def _weight_gradient(g_SO: Tensor, x_SI: Tensor, stack_EOI: Tensor, sorting: Sor
         done = expert + 1
     dw_EOI[done:].zero_()
     return dw_EOI
-
-
-class _Combine(Function):
-    """Keeps the experts' outputs once, in their own order."""
-
-    @staticmethod
-    def forward(ctx: Any, y_SO: Tensor, weights_RK: Tensor, sorting: Sorting) -> Tensor:
-        ctx.save_for_backward(y_SO, weights_RK)
-        ctx.sorting = sorting
-        exact = torch.promote_types(y_SO.dtype, torch.float32)
-        sums_RO = F.embedding_bag(
-            sorting.back, y_SO.to(exact), mode="sum", per_sample_weights=weights_RK.to(exact)
-        )
-        return sums_RO.to(y_SO.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y_SO, weights_RK = ctx.saved_tensors
-        sorting = ctx.sorting
-        dy_SO = dw_RK = None
-        g_SO = g_RO.index_select(0, sorting.rows)
-        if ctx.needs_input_grad[1]:
-            dw_S = (g_SO * y_SO).sum(-1, dtype=torch.promote_types(weights_RK.dtype, torch.float32))
-            dw_RK = dw_S[sorting.back].to(weights_RK.dtype)
-        if ctx.needs_input_grad[0]:
-            dy_SO = g_SO.mul_(weights_RK.flatten()[sorting.order].unsqueeze(-1))
-        return dy_SO, dw_RK, None
