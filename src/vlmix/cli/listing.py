@@ -10,7 +10,7 @@ from rich.table import Table
 from vlmix.cli.console import out
 from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import UnknownNameError
-from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, ROUTERS, SOURCES, VIEWS
+from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, ROUTERS, SCORERS, SOURCES, VIEWS
 from vlmix.train.continual import CONTINUAL
 from vlmix.train.optimizers import OPTIMIZERS
 from vlmix.train.recipe_file import find_recipe, shipped_recipes
@@ -23,6 +23,7 @@ _REGISTRIES = {
     "routers": ROUTERS,
     "sources": SOURCES,
     "benchmarks": BENCHMARKS,
+    "scorers": SCORERS,
     "optimizers": OPTIMIZERS,
     "continual": CONTINUAL,
     "families": FAMILIES,
@@ -32,8 +33,8 @@ _REGISTRIES = {
 def list_parts(
     what: str = typer.Argument(
         "",
-        help="encoders, views, fusion, projectors, routers, sources, benchmarks, optimizers, continual, "
-        "families, recipes; all if left out.",
+        help="encoders, views, fusion, projectors, routers, sources, benchmarks, scorers, optimizers, "
+        "continual, families, recipes; all if left out.",
     ),
 ) -> None:
     """List the parts, data sources, benchmarks and recipes that vlmix ships or finds in plugins.
@@ -59,7 +60,14 @@ def _rows(kind: str) -> list[tuple[str, str]]:
     if kind == "recipes":
         return [(name, _first_comment(find_recipe(name, Path()))) for name in shipped_recipes()]
     registry = _REGISTRIES[kind]
+    if kind == "scorers":
+        return [(name, f"{registry.summary(name)} {_protocols(name)}") for name in registry.names()]
     return [(name, registry.summary(name)) for name in registry.names()]
+
+
+def _protocols(name: str) -> str:
+    """The rules of a scorer; the first is the one that `vlmix score` takes unasked."""
+    return f"Protocols: {', '.join(SCORERS.get(name).protocols)}."
 
 
 def _first_comment(recipe: Path) -> str:

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from vlmix import __version__
-from vlmix.cli import chat, convert, data, demo, doctor, evaluate, inspect, listing, train
+from vlmix.cli import chat, convert, data, demo, doctor, evaluate, inspect, listing, score, train
 from vlmix.cli.console import fail
 from vlmix.core.errors import DiskFullError, VlmixError
 
@@ -29,6 +29,7 @@ app.command("list")(listing.list_parts)
 app.command("plan")(inspect.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("score")(score.score)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
 app.add_typer(data.app, name="data")

@@ -13,6 +13,7 @@ VlmixError                 1  something failed
 ├── DataError              1  too many bad rows to go on
 ├── NonFiniteError         3  a loss or gradient that is not a finite number
 ├── SpikeError             3  losses or gradients that stand out from those before, where a recipe says stop
+├── JudgeError             1  a judging model that gave no reply
 ├── DiskFullError          4  no space left to save
 ├── RunLockedError         5  another process is using the run folder
 └── InterruptedRunError  130  stopped by a signal after saving; the run can be resumed
@@ -100,6 +101,10 @@ class SpikeError(VlmixError):
     """A loss or gradient stands out from those before; raised before the weights are changed."""
 
     exit_code: ClassVar[int] = 3
+
+
+class JudgeError(VlmixError):
+    """A judging model gave no reply; the answer that it was to mark counts as failed."""
 
 
 class DiskFullError(VlmixError):

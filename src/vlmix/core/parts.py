@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vlmix.core.interfaces import Benchmark, Fusion, Projector, Router, Source, VisionEncoder
+    from vlmix.core.scoring import Scorer
     from vlmix.core.views import Views
 
 ENCODERS: Registry[VisionEncoder] = Registry("vlmix.encoders", "encoder")
@@ -21,6 +22,7 @@ PROJECTORS: Registry[Projector] = Registry("vlmix.projectors", "projector")
 ROUTERS: Registry[Router] = Registry("vlmix.moe.routers", "router")
 SOURCES: Registry[Source] = Registry("vlmix.data.sources", "data source")
 BENCHMARKS: Registry[Benchmark] = Registry("vlmix.evals.benchmarks", "benchmark")
+SCORERS: Registry[Scorer] = Registry("vlmix.evals.scoring", "benchmark with a scoring rule")
 
 
 def read_part(registry: Registry[Any], raw: Mapping[str, Any], where: str = "") -> PartSettings:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Role = Literal["system", "user", "assistant"]
+State = Literal["read", "unparsed", "guessed", "missing", "failed"]
+"""An answer was read; could not be read by the rule; was then guessed for; is not there; its judge failed."""
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
 
@@ -115,7 +117,8 @@ class Answer:
 class Score:
     """One judged answer: ``value`` in 0..1, how the answer was understood, and its task and group.
 
-    ``counts`` are what figures that are no mean of values add up, such as bits and bytes.
+    ``counts`` are what figures that are no mean of values add up, such as bits and bytes. ``state`` says how
+    the answer came to its value.
     """
 
     sample_id: str
@@ -124,6 +127,7 @@ class Score:
     task: str = ""
     group: str = ""
     counts: Mapping[str, float] = field(default_factory=dict[str, float])
+    state: State = "read"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -12,9 +11,11 @@ from pydantic import Field, model_validator
 from vlmix.core.interfaces import Benchmark
 from vlmix.core.parts import BENCHMARKS
 from vlmix.core.sample import Answer, Sample, Score
+from vlmix.core.scoring import Row
 from vlmix.core.settings import PartSettings
 from vlmix.data.boxes.published import ORDERS
-from vlmix.data.sources.nlvr import LABELS, Nlvr, NlvrSettings
+from vlmix.data.sources.nlvr import Nlvr, NlvrSettings
+from vlmix.evals.scoring._truth import judged_truth, right_and_consistent
 
 
 class NlvrBenchmarkSettings(PartSettings):
@@ -42,7 +43,7 @@ class NlvrBenchmark(Benchmark):
     """The official measures over the pictures: precision of all predictions, and whole sentences right.
 
     An answer is right if it is the label in any case; line ends and blanks behind it do not count, blanks
-    before it do, and ``yes`` is wrong, as in the official script.
+    before it do, and ``yes`` is wrong: the rule is that of ``vlmix score nlvr``.
     """
 
     settings_class = NlvrBenchmarkSettings
@@ -62,20 +63,21 @@ class NlvrBenchmark(Benchmark):
 
     def score(self, sample: Sample, answer: Answer) -> Score:
         """1 if the answer is the label, else 0."""
-        parsed = answer.text.rstrip().lower()
-        value = float(not answer.error and parsed == sample.target)
-        return Score(sample.id, value, parsed if parsed in LABELS else "", sample.task, sample.group)
+        judged = judged_truth(Row(sample.id, sample.target, None if answer.error else answer.text))
+        return Score(
+            sample.id,
+            judged.value or 0.0,
+            judged.parsed,
+            sample.task,
+            sample.group,
+            state="failed" if answer.error else judged.state,
+        )
 
     def summarise(self, scores: Sequence[Score]) -> Mapping[str, float]:
         """``accuracy`` over all answers; ``consistency``: the share of sentences without a wrong answer."""
-        if not scores:
-            return {"accuracy": 0.0, "consistency": 0.0}
-        sentences = defaultdict[str, list[float]](list)
-        for score in scores:
-            sentences[score.group].append(score.value)
-        whole = sum(min(values) for values in sentences.values())
-        accuracy = sum(score.value for score in scores) / len(scores)
-        return {"accuracy": accuracy, "consistency": whole / len(sentences)}
+        sentences, values = [score.group for score in scores], [score.value for score in scores]
+        accuracy, consistency = right_and_consistent(sentences, values)
+        return {"accuracy": accuracy, "consistency": consistency}
 
     @classmethod
     def tiny(cls, folder: Path) -> Self:

@@ -1,0 +1,1 @@
+"""Models that mark answers: behind a server, or recorded on a cassette."""

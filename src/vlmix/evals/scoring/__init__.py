@@ -1,0 +1,1 @@
+"""Scoring rules, one file for each benchmark: they read text and nothing else."""
