@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmix.core.interfaces import Fusion, VisionEncoder
 from vlmix.core.parts import ENCODERS, FUSIONS, read_part
-from vlmix.core.tensors import FeatureMap, VisionSpec
+from vlmix.core.tensors import FeatureMap, TextContext, VisionSpec
 from vlmix.projectors.mlp import MlpProjector, MlpSettings
 
 WIDTH, PEER = 4096, "channel_concat"
@@ -61,6 +61,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         LAST,
         {"weights": "add", "width": 1024, "grid": (24, 24), "align": "average"},
         "a Linear for each map",
+    ),
+    "mixture_of_vision_experts, router": (
+        "mixture_of_vision_experts",
+        LAST,
+        {"width": 1024, "grid": (24, 24), "instruction": WIDTH, "router": {"kind": "instance", "width": 512}},
+        "the same, weighed by an instruction as wide as the decoder",
     ),
     "attention_pool": ("attention_pool", ALONE, {}, "a quarter of the tokens"),
 }
@@ -129,12 +135,14 @@ class Way(nn.Module):
             self.fusion.reset()
         self.to(device, dtype)
         self.encoders = [Still(spec, device, dtype) for spec in specs]
+        width = FUSIONS.get(kind).instruction_width(settings)
+        self.asked = None if width is None else _instruction(width, device, dtype)
         self.pixels = torch.zeros(1, 3, 8, 8, device=device)
 
     def forward(self) -> Tensor:
         """Tokens for the language model (1, N, 4096)."""
         encoders = cast("list[VisionEncoder]", self.encoders)
-        return self.projector(self.fusion(encoders, self.pixels)).tokens
+        return self.projector(self.fusion(encoders, self.pixels, self.asked)).tokens
 
 
 def forward(way: Way) -> Tensor:
@@ -286,6 +294,12 @@ def main() -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"fusions": report, "setting": setting}, indent=2)
         options.out.write_text(text + "\n", encoding="utf-8")
+
+
+def _instruction(width: int, device: torch.device, dtype: torch.dtype) -> TextContext:
+    """What was asked, for one picture."""
+    told_11D = torch.randn(1, 1, width, device=device, dtype=dtype)
+    return TextContext(told_11D, torch.ones(1, 1, dtype=torch.bool, device=device))
 
 
 def _status(key: str) -> int:

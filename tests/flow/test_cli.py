@@ -91,12 +91,33 @@ def test_a_finished_run_answers_is_judged_and_planned(run_folder):
     assert "accuracy" in judged.stdout
     results = json.loads((run_folder / "judged/results.json").read_text(encoding="utf-8"))
     assert results["results"][0]["n"] == 4
+    assert results["results"][0]["settings"]["tasks"] == ["colour", "count"], "those of the run's recipe"
     planned = [
         json.loads(vlmix("plan", x, "--json", cwd=run_folder, check=0).stdout) for x in ("run", "tiny.yaml")
     ]
     assert planned[0]["tokens_per_image"] == planned[1]["tokens_per_image"] == 4
     assert [stage["steps"] for stage in planned[1]["stages"]] == [2, 2]
     assert "one" in vlmix("plan", "tiny.yaml", cwd=run_folder, check=0).stdout
+
+
+def test_a_run_is_judged_as_its_recipe_says_unless_told_otherwise(run_folder):
+    def settings(*arguments):
+        out = f"judged{len(list(run_folder.iterdir()))}"
+        run = vlmix("eval", *arguments, "--out", out, cwd=run_folder, check=0)
+        return run, json.loads((run_folder / out / "results.json").read_text("utf-8"))["results"][0]
+
+    run, found = settings("run")
+    own = RECIPE["evals"][0]["benchmark"]
+    assert {key: found["settings"][key] for key in own} == own
+    assert found["n"] == own["size"]
+    assert "as in run/recipe.yaml: synth_qa image_size=48 size=8 tasks=" in run.stderr
+    _, changed = settings("run", "-b", "synth_qa", "--set", "seed=3", "--limit", "2")
+    assert changed["settings"] == {**found["settings"], "seed": 3}
+    assert changed["n"] == 2
+    _, bare = settings("run/model", "-b", "synth_qa", "--limit", "2", "--set", "image_size=48")
+    assert len(bare["settings"]["tasks"]) > 2, "a model folder has no recipe"
+    refused = vlmix("eval", "run/model", cwd=run_folder, check=2)
+    assert "--benchmark, one of" in refused.stderr
 
 
 def test_a_dress_rehearsal_needs_neither_weights_nor_data(tmp_path):

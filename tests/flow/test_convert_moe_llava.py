@@ -19,9 +19,12 @@ from vlmix.convert.export import export
 from vlmix.convert.families.moe_llava import MoeLlava
 from vlmix.convert.run import convert
 from vlmix.core.errors import CheckpointError
+from vlmix.core.experts import ExpertSettings
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.modeling import VlmixForConditionalGeneration
+from vlmix.moe.install import expert_layers
 from vlmix.train.recipe_file import with_overrides
+from vlmix.train.upcycling import upcycle_model
 
 pytestmark = pytest.mark.flow
 TOLERANCE = 1e-5  # the same float32 arithmetic in another order
@@ -299,7 +302,9 @@ def test_a_qwen_that_turns_a_part_of_its_channels_is_refused(tmp_path):
     [
         ("experts.0.router={kind: topk}", "DeepSpeed's gates alone"),
         ("experts.0.router.second=best", "router.second"),
-        ("experts.0.balance.choices=all", "balance.choices"),
+        ("experts.0.balance.z=0.1", "balance.z"),
+        ("experts.0.balance.per_modality=true", "balance.per_modality"),
+        ("experts.0.balance.bias_rate=0.1", "balance.bias_rate"),
         ("experts.0.scope=instance", "experts.scope"),
         ("experts.0.shared=1", "experts.shared"),
     ],
@@ -310,6 +315,35 @@ def test_a_mixture_that_deepspeed_cannot_run_is_not_written(change, said, tmp_pa
     raw = json.loads((tmp_path / "ours/config.json").read_text())
     with pytest.raises(CheckpointError, match=said):
         MoeLlava.write(VlmixConfig(**with_overrides(raw, [change])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 2])
+def test_balance_of_our_own_is_written_as_their_coefficient(layers, tmp_path):
+    """Theirs is a sum over layers, ours a mean: 0.06 of two layers is 0.03 of each."""
+    convert(published("Llama", tmp_path / "hub", tmp_path, sparse=False), tmp_path / "dense")
+    model = loaded(tmp_path / "dense")
+    router = {"kind": "deepspeed095", "capacity_factor": 1.25, "min_capacity": 4}
+    mixture = {"layers": list(range(layers)), "count": 3, "router": router, "balance": {"switch": 0.06}}
+    upcycle_model(model, ExpertSettings.model_validate(mixture))
+    for layer in expert_layers(model):
+        layer.router.gate.weight.normal_(generator=torch.Generator().manual_seed(7))
+    model.save_pretrained(tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "written", "moe_llava")
+    flat = json.loads((tmp_path / "written/config.json").read_text())
+    assert flat["moe"]["router_aux_loss_coef"] == pytest.approx(0.06 / layers)
+    convert(
+        tmp_path / "written",
+        tmp_path / "again",
+        change=lambda raw: with_overrides(raw, ["encoders.0.feature_layer=-1"]),
+    )
+    again = loaded(tmp_path / "again")
+    (before,), (after,) = (m.config.expert_settings() for m in (loaded(tmp_path / "ours"), again))
+    assert after.balance.switch == pytest.approx(before.balance.switch)
+    assert (after.layers, after.count) == (before.layers, before.count)
+    assert torch.equal(again(input_ids=IDS).logits, loaded(tmp_path / "ours")(input_ids=IDS).logits)
+    export(tmp_path / "again", tmp_path / "back", "moe_llava")
+    same_files(tmp_path / "written", tmp_path / "back")
 
 
 def test_a_missing_expert_is_named(tmp_path):

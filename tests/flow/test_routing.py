@@ -119,6 +119,19 @@ def test_every_token_of_question_and_answer_counts_once_whatever_the_batch(talka
     assert "An expert's number is only its place" in page
 
 
+def test_an_example_is_drawn_over_the_picture_it_was_asked_about(talkative):
+    """Two benchmarks of one kind give their questions the same names."""
+    model, processor = talkative
+    first, second = (
+        open_benchmark({"kind": "synth_qa", "size": 2, "image_size": 48, "tasks": [task]}).samples()
+        for task in ("colour", "count")
+    )
+    assert first[0].id == second[0].id
+    window = RoutingWindow(model, processor)
+    kept = window.show([*first, *second])
+    assert [sample.id for sample in kept] == list(window.recorder.examples)
+
+
 def test_the_command_shows_the_verdict_and_writes_it_down(mixed, tmp_path):
     arguments = ["eval", mixed, "-b", "synth_qa", "--limit", 6, "--set", "image_size=48", "--routing"]
     found = CliRunner().invoke(app, [*map(str, arguments), "--out", str(tmp_path / "report")])

@@ -16,8 +16,11 @@ from vlmix.core.errors import (
 from vlmix.models.plan import parameter_count, shape_only
 from vlmix.train.build import build, recipe_config
 from vlmix.train.checkpoint import unique_tensors
+from vlmix.train.costs import stage_costs
+from vlmix.train.starting import check_starts
 
 pytestmark = pytest.mark.flow
+WORDS = {**LANGUAGE, "vocab_size": 300}
 
 
 def test_a_stage_may_start_from_another_model(whole, tmp_path):
@@ -34,11 +37,46 @@ def test_a_stage_may_start_from_another_model(whole, tmp_path):
         train(one_stage(start_from=str(whole[0] / "model")), tmp_path / "other")
 
 
-def test_experts_of_the_other_model_must_be_those_of_this_one(whole, tmp_path):
-    start = {"tokenizer": {"weights": str(whole[0] / "model")}, "experts": [{"layers": "all"}]}
-    only = stage("a", {"projector.*": 1e-9}, synth("colour"), steps=1, start_from=str(whole[0] / "model"))
-    with pytest.raises(CheckpointError, match=r"has 0 layers of experts.*so far, \d"):
-        train(recipe(model={**TINY["model"], **start}, stages=[only]), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ([], [{"layers": "all"}], r"has 0 layers of experts, and .*so far, 2 layers .*is dense.*upcycle"),
+        ([{"count": 3}], [{"count": 2}], r"1 layers of experts \(language_model: 1 of 3.*1 of 2.*'count': 3"),
+        ([{"count": 2}], [{"count": 2, "layers": "all"}], r"1 of 2, ffn, router topk\).*2 of 2, ffn"),
+        ([{"count": 2}], [{"count": 2, "place": "projector"}], r"language_model: .*projector"),
+        ([{"count": 2}], [{"count": 2, "router": {"kind": "sigmoid"}}], "router topk.*router sigmoid"),
+        ([{"count": 2}], [{"count": 2, "place": "encoders.7"}], "cannot have .*no encoders.7"),
+        ([{"count": 2}], [], r"so far, 0 layers of experts; .*Give the recipe the folder's"),
+    ],
+)
+def test_other_experts_where_a_stage_starts_are_found_before_anything_is_made(theirs, ours, said, tmp_path):
+    """Although the stage is the second: the first would train in vain."""
+    eyes = {**TINY["model"], "projector": {"kind": "mlp"}, "tokenizer": {"weights": "somewhere"}}
+    folder = tmp_path / "other"
+    recipe_config(recipe(model={**eyes, "language_model": WORDS, "experts": theirs})).save_pretrained(folder)
+    second = stage("b", {"*": 1e-3}, synth("colour"), start_from=str(folder))
+    first = stage("a", {"projector.*": 1e-3}, synth("colour"))
+    what = recipe(model={**eyes, "language_model": WORDS, "experts": ours}, stages=[first, second])
+    with pytest.raises(CheckpointError, match=f"(?s)^stages.1.start_from: {folder} .*{said}"):
+        train(what, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(CheckpointError, match=r"stages\.1\.start_from"):
+        stage_costs(what, recipe_config(what), images=1, text_tokens=8)
+
+
+def test_the_same_experts_in_other_words_are_no_obstacle(tmp_path):
+    words = {**TINY["model"], "language_model": WORDS, "tokenizer": {"weights": "somewhere"}}
+    put_in = [{"kind": "upcycle", "experts": {"layers": "interval", "count": 2}}]
+    theirs = recipe_config(recipe(model={**words, "experts": [{"layers": [0], "count": [2]}]}))
+    theirs.save_pretrained(tmp_path / "other")
+    first = stage("a", {"projector.*": 1e-3}, synth("colour"), before=put_in)
+    second = stage("b", {"*": 1e-3}, synth("colour"), start_from=str(tmp_path / "other"))
+    check_starts(recipe(model=words, stages=[first, second]))
+    with pytest.raises(CheckpointError, match=r"stages.0.start_from.*so far, 0 layers"):
+        check_starts(recipe(model=words, stages=[{**first, "start_from": str(tmp_path / "other")}]))
+    (tmp_path / "other/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="is a model of type 'llama'"):
+        check_starts(recipe(model=words, stages=[second]))
 
 
 def test_published_weights_are_loaded_where_the_recipe_names_them(tmp_path):

@@ -167,6 +167,18 @@ def test_what_decides_for_a_whole_row_is_refused():
         model(**packed_row(encoded), **pictures)
 
 
+def test_a_router_whose_tokens_compete_is_named():
+    """It is no fault of the attention that the second expert is drawn for the batch as a whole."""
+    sampled, alone = (
+        {"kind": "deepspeed095", **more} for more in ({}, {"second": "best", "drop_tokens": False})
+    )
+    with pytest.raises(
+        PlanError, match=r"mlp.router \(Deepspeed095Router\) lets all tokens of a batch compete"
+    ):
+        check_packing(network(experts=[mixture(router=sampled)]).model)
+    check_packing(network(experts=[mixture(router=alone)]).model)
+
+
 @pytest.mark.parametrize("kind", ["falcon", "gpt_oss", "mamba"])
 def test_a_decoder_that_carries_on_is_found_out(kind):
     model = network(kind)

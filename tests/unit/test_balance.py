@@ -1,5 +1,7 @@
 """Balance of experts: the unit, what it is elsewhere, whose tokens count, and that routers feel it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,32 @@ def test_padding_counts_only_where_it_is_told_to():
     torch.testing.assert_close(balance_loss([padded], masked, positions), balance_loss([alone], masked))
     counted = BalanceSettings(switch=1.0, z=0.1, padding="counted")
     assert balance_loss([padded], counted, positions) == balance_loss([padded], counted)
+
+
+def test_padding_is_found_where_a_decoder_joins_all_rows_into_one():
+    real = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    real[1, 3:] = 0
+    made = routing()
+    joined = replace(made, shape=(1, ROWS * LENGTH))
+    assert balance_loss([joined], ONLY_SWITCH, Positions(real)) == balance_loss(
+        [made], ONLY_SWITCH, Positions(real)
+    )
+
+
+def test_counts_and_losses_are_exact_under_autocast():
+    """bfloat16 has eight bits: 1,085 choices would be 1,080."""
+    many = torch.randn(2400, EXPERTS, generator=torch.Generator().manual_seed(0))
+    shares = many.softmax(-1)
+    weights, indices = shares.topk(2)
+    made, settings = Routing((1, 2400), many, shares, indices, weights, layer="a"), BalanceSettings(z=0.1)
+    plain, rounded = RoutingCounts(), RoutingCounts()
+    expected = balance_loss([made], settings, counts=plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = balance_loss([made], settings, counts=rounded)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(rounded.layers["a"], plain.layers["a"])
+    assert plain.layers["a"].sum() == indices.numel()
 
 
 def test_modalities_are_balanced_each_by_itself():
@@ -146,6 +174,22 @@ def test_balance_reaches_routers_through_gradient_checkpointing(place):
         torch.testing.assert_close(plain, again)
 
 
+@pytest.mark.parametrize("place", ["language_model", "encoders.0"])
+def test_what_runs_once_more_for_its_gradients_is_counted_once(place):
+    model = mixture(place=place).train()
+    inputs, counts, lengths = with_pictures(model, batch()), [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            tiny.switch_checkpointing_on(model)
+        counted = RoutingCounts()
+        output = model(**inputs, routing_counts=counted)
+        output.loss.backward()
+        counts.append({name: found.sum(0).tolist() for name, found in counted.layers.items()})
+        lengths.append(len(output.routing))
+    assert counts[0] == counts[1]
+    assert lengths == [len(expert_layers(model))] * 2
+
+
 def test_reentrant_checkpointing_is_refused_not_ignored():
     model = mixture().train()
     new = "activation_checkpointing_enable"
@@ -194,6 +238,18 @@ def test_biases_move_towards_experts_with_little_to_do():
         raised = (bias[expert] - bias[load.argmax()]).item()
         assert raised == pytest.approx(0.2 if loaded < mean else 0.1 if loaded == mean else 0)
     assert bias.sum().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_biases_of_a_frozen_router_stay():
+    """What a stage does not train chooses as before."""
+    model = mixture(router={"kind": "sigmoid", "k": 1}, balance={"bias_rate": 0.1})
+    first, second = expert_layers(model)
+    first.router.requires_grad_(False)
+    counts = RoutingCounts()
+    model(**batch(), routing_counts=counts)
+    rebalance(model, counts)
+    assert not first.router.choice_bias.any()
+    assert second.router.choice_bias.any()
 
 
 def test_biases_stay_exact_in_a_model_loaded_in_sixteen_bits(tmp_path):

@@ -3,17 +3,21 @@
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from tests import tiny
 from vlmix.core.errors import VlmixError
 from vlmix.core.experts import ExpertSettings
+from vlmix.core.sample import Answer, Decoding, Sample, Turn
 from vlmix.core.tensors import Mixing, Routing
 from vlmix.evals.verdict import judge_routing
+from vlmix.evals.window import RoutingWindow
 from vlmix.moe.balance import Positions, RoutingCounts
 from vlmix.moe.recorder import Note, RoutingRecorder, notes_of
 from vlmix.moe.recorder_paths import PathCounter
@@ -61,6 +65,7 @@ def test_counts_of_a_small_batch_with_padding_and_drops():
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
+@settings(deadline=None)
 @given(st.data())
 def test_every_choice_of_every_token_is_counted_once_and_halves_add_up(k, data):
     experts, rows = data.draw(st.integers(k, 5)), data.draw(st.integers(1, 4))
@@ -177,6 +182,7 @@ def test_a_part_that_routes_by_itself_is_met_when_it_first_does():
     assert tally.norms[WHOLE].tolist() == [6, 10]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 12), max_size=30), max_size=8), st.integers(1, 6))
 def test_paths_that_do_not_fit_are_counted_within_the_stated_bound(batches, capacity):
     whole, halves = PathCounter(capacity), [PathCounter(capacity), PathCounter(capacity)]
@@ -193,6 +199,15 @@ def test_paths_that_do_not_fit_are_counted_within_the_stated_bound(batches, capa
         assert counter.lost <= counter.total / (capacity + 1)
         assert all(0 <= true[path] - counter.counts.get(path, 0) <= counter.lost for path in true)
         assert counter.exact == (dict(true) == counter.counts) or len(true) > capacity
+
+
+def test_what_was_written_down_goes_on_within_its_bound():
+    recorder = RoutingRecorder([note(experts=5)], capacity=2)
+    again = RoutingRecorder.from_json(json.loads(json.dumps(recorder.to_json())))
+    for seen in (recorder, again):
+        seen.add([routing([[0], [1], [2], [3], [4], [0]], 5)])
+    assert again.to_json() == recorder.to_json()
+    assert again.paths[0]["text"].counts == {"0": 1}
 
 
 @pytest.mark.parametrize(
@@ -231,8 +246,8 @@ def test_where_all_experts_are_chosen_their_weights_are_judged():
 
 
 def test_a_model_feeds_it():
-    settings = ExpertSettings(layers="all", count=(3, 4), router={"kind": "topk", "k": 2})
-    model = tiny.VlmixForConditionalGeneration(tiny.config(experts=[settings.model_dump()])).eval()
+    mixture = ExpertSettings(layers="all", count=(3, 4), router={"kind": "topk", "k": 2})
+    model = tiny.VlmixForConditionalGeneration(tiny.config(experts=[mixture.model_dump()])).eval()
     ids = torch.tensor([[5, 6, 7, 8], [0, 5, 6, 7]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
     recorder = RoutingRecorder(notes_of(model))
@@ -240,6 +255,55 @@ def test_a_model_feeds_it():
     assert [n.experts for n in recorder.notes.values()] == [3, 4]
     assert [int(t.choices[TEXT].sum()) for t in recorder.tallies.values()] == [14, 14]
     assert recorder.paths[0][GROUPS[TEXT]].total == 7
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_every_word_is_read_once_by_a_model_that_keeps_no_cache_too(cache):
+    """Three of five experts, rows of different length, and a prompt that would be read five times."""
+    mixture = ExpertSettings(layers="all", count=5, router={"kind": "topk", "k": 3})
+    model = tiny.VlmixForConditionalGeneration(tiny.config(experts=[mixture.model_dump()])).eval()
+    model.generation_config.use_cache = cache
+    ids = torch.randint(4, 60, (3, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    window = RoutingWindow(model, SimpleNamespace(stop_token_ids=[1]))
+    with window.open():
+        found = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+    assert found.shape == (3, 11)
+    for tally in window.recorder.tallies.values():
+        assert tally.tokens.tolist() == [0, int(mask.sum()) + 3 * 4, 0]
+        assert tally.choices.sum() == 3 * tally.tokens.sum()
+    assert model.generation_config.use_cache == cache
+
+
+def test_questions_asked_one_by_one_are_counted_and_controls_are_not():
+    """A harness asks so, and counts its questions anew for every task."""
+    model = tiny.VlmixForConditionalGeneration(tiny.config(experts=[ExpertSettings().model_dump()])).eval()
+    window = RoutingWindow(model, SimpleNamespace(stop_token_ids=[1]))
+
+    class Echo:
+        def respond(self, samples, decoding):
+            for sample in samples:
+                ids = torch.full((1, len(sample.turns[-1].text)), 7)
+                model(input_ids=ids, past_key_values=DynamicCache(config=model.config.language))
+                yield Answer(sample.id, "")
+
+    def ask(name, *words):
+        questions = [Sample(name, (Turn("user", (word,)),)) for word in words]
+        assert len(list(watched.respond(iter(questions), Decoding()))) == len(words)
+
+    watched = window.watch(Echo())
+    (tally,) = window.recorder.tallies.values()
+    for name, words, counted in [
+        ("a", ["one"], 3),
+        ("b", ["four"], 7),
+        ("a", ["again"], 12),
+        ("a", ["one"], 12),
+    ]:
+        ask(name, *words)
+        assert int(tally.tokens.sum()) == counted, (name, words)
 
 
 def test_training_says_how_even_the_load_of_a_step_was():

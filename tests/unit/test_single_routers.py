@@ -192,3 +192,25 @@ def test_one_choice_keeps_its_probability_and_places_go_by_lot_or_by_position(lo
 def test_more_places_than_tokens_are_no_error():
     """The original's top-1 fails there."""
     assert transparent(Deepspeed095Settings(k=1, eval_capacity_factor=8.0))(tokens(1, 3, EXPERTS)).kept.all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("experts", [2, 5])
+def test_one_place_an_expert_leaves_no_trace_of_the_others(k, experts):
+    """Nearly all tokens lose all their choices; what they weigh is 0, and so is their gradient, not 0 / 0."""
+    settings = Deepspeed095Settings(k=k, capacity_factor=1e-6, eval_capacity_factor=1e-6, min_capacity=1)
+    router = Deepspeed095Router(settings, WIDTH, experts)
+    router.reset()
+    x = tokens().requires_grad_()
+    routing = router.train()(x)
+    kept, weights = routing.kept, routing.weights
+    assert torch.bincount(routing.indices[kept], minlength=experts).max() == 1
+    assert not weights[~kept].any()
+    served = kept.any(-1)
+    assert 0 < served.sum() <= experts
+    if k == 2:
+        torch.testing.assert_close(weights[served].sum(-1), torch.ones(int(served.sum())))
+    assert sorted(slots(routing)[kept].tolist()) == [0] * int(kept.sum())
+    weights.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad.flatten(0, 1)[~served].any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from vlmix.convert._llava_parts import check_settled
 from vlmix.convert._names import Names, Rename, Rule, Stack
@@ -21,6 +21,8 @@ _NEEDED = ("moe_layers_idx", "num_experts", "top_k_experts", "use_residual", "ro
 # DeepSpeed 0.9.5 has no choice about these.
 _GATES = {"second": "sampled", "drop_tokens": True, "random_tokens": True, "noisy_gate_policy": None}
 _BALANCE = {"choices": "first", "padding": "counted", "z": 0.0, "per_modality": False, "bias_rate": 0.0}
+# Ways to count what its coefficient weighs: an even load costs the same in all of them.
+_COUNTED: Final = ("choices", "padding")
 _MIXTURE = {
     "place": "language_model",
     "kind": "ffn",
@@ -70,6 +72,9 @@ def read_mixture(moe: Mapping[str, Any]) -> dict[str, Any]:
 def written_mixture(mixture: ExpertSettings, layers: int) -> dict[str, Any]:
     """``moe`` for a mixture in a decoder of so many layers.
 
+    Of the balance it has the coefficient alone, in DeepSpeed's unit; whose choices count, and whether padding
+    does, its code has decided.
+
     Raises:
         CheckpointError: if DeepSpeed 0.9.5 cannot do what the mixture does.
 
@@ -83,7 +88,7 @@ def written_mixture(mixture: ExpertSettings, layers: int) -> dict[str, Any]:
     parts = {
         "experts": (found, _MIXTURE),
         "router": (router, _GATES),
-        "balance": (found["balance"], _BALANCE),
+        "balance": (found["balance"], {k: v for k, v in _BALANCE.items() if k not in _COUNTED}),
     }
     check_settled(parts, "MoE-LLaVA")
     chosen = chosen_layers(mixture, layers)

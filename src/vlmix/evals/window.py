@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +18,8 @@ from vlmix.moe.balance import Positions
 from vlmix.moe.recorder import RoutingRecorder, notes_of
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from vlmix.models.modeling import VlmixForConditionalGeneration
     from vlmix.models.processing import VlmixProcessor
 
@@ -45,27 +47,32 @@ class RoutingWindow:
 
     @contextmanager
     def open(self) -> Generator[None]:
-        """Count every forward pass inside the ``with``."""
+        """Count every forward pass inside the ``with``; answers are the same, written with a cache."""
+        told = cast("GenerationConfig", self.model.generation_config)
+        # Some trainers leave a model with the cache switched off: every step then reads all words again.
+        before, told.use_cache = told.use_cache, True
         handle = self.model.register_forward_hook(self._saw, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
+            told.use_cache = before
 
     def watch(self, responder: Responder) -> Responder:
-        """The same responder, whose first series of questions is counted; later ones (controls) are not."""
+        """The same responder; a question is counted when it is first asked, and not again in a control."""
         return _Watched(self, responder)
 
     def show(self, samples: Iterable[Sample], most: int = EXAMPLES) -> list[Sample]:
         """Keep where each patch of a few pictures goes, one picture a task; gives the samples that were kept.
 
-        Each is asked alone, so where a router lets tokens of a batch compete, they compete among themselves.
+        Of samples with one name, such as two benchmarks may have, the first is kept. Each is asked alone, so
+        where a router lets tokens of a batch compete, they compete among themselves.
         """
         kept: list[Sample] = []
         for sample in _one_of_each_task(samples):
             if len(kept) == most:
                 break
-            if self._keep(sample):
+            if all(sample.id != other.id for other in kept) and self._keep(sample):
                 kept.append(sample)
         return kept
 
@@ -103,16 +110,16 @@ class RoutingWindow:
 
 class _Watched:
     def __init__(self, window: RoutingWindow, responder: Responder) -> None:
-        self._window, self._responder, self._done = window, responder, False
+        self._window, self._responder, self._asked = window, responder, set[tuple[str, str]]()
 
     def respond(self, samples: Iterable[Sample], decoding: Decoding) -> Iterator[Answer]:
-        answers = self._responder.respond(samples, decoding)
-        if self._done:
-            yield from answers
-            return
-        self._done = True
-        with self._window.open():
-            yield from answers
+        questions = list(samples)
+        # A control asks the same words about another picture.
+        words = {(question.id, question.turns[-1].text) for question in questions}
+        known = not words.isdisjoint(self._asked)
+        self._asked |= words
+        with nullcontext() if known else self._window.open():
+            yield from self._responder.respond(questions, decoding)
 
     def likelihoods(
         self, pairs: Sequence[tuple[str, str]], batch_size: int = 64, window: int | None = None

@@ -68,10 +68,11 @@ def auxiliary_loss(
 
 
 def rebalance(model: nn.Module, counts: RoutingCounts) -> None:
-    """After an optimizer step: move the biases of routers that are balanced so."""
+    """After an optimizer step: move the biases of routers that are balanced so, of those that train."""
     for layer in expert_layers(model):
         rate = layer.settings.balance.bias_rate
-        if rate and layer.name in counts.layers:
+        trains = any(parameter.requires_grad for parameter in layer.router.parameters())
+        if rate and trains and layer.name in counts.layers:
             layer.router.rebalance(counts.layers[layer.name].sum(0), rate)
 
 

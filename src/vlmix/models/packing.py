@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from vlmix.core.errors import InputError, PlanError
+from vlmix.core.interfaces import Router
 from vlmix.core.tape import unrecorded
 from vlmix.models.batching import refuse_instructions
 
@@ -119,11 +120,23 @@ def check_packing(model: Packing) -> None:
         if not apart:
             settings._attn_implementation = _WHOLE
     if settings._attn_implementation != DOCUMENTS and not _keeps_apart(model):
-        raise PlanError(
-            f"packing: {type(model.decoder).__name__} carries something from one conversation of a row to "
-            "the next (a running state, or positions that do not begin anew). Leave `batching.pack` off"
-        )
+        raise PlanError(f"packing: {_culprit(model.decoder)}")
     model.packs_with = settings._attn_implementation
+
+
+def _culprit(decoder: nn.Module) -> str:
+    """Why one conversation of a row changes the next."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, Router) and not module.rowwise:
+            return (
+                f"{name} ({type(module).__name__}) lets all tokens of a batch compete for experts, so those "
+                "of one conversation depend on the others. Leave `batching.pack` off, or take a router whose "
+                "tokens decide for themselves, such as {kind: topk}"
+            )
+    return (
+        f"{type(decoder).__name__} carries something from one conversation of a row to "
+        "the next (a running state, or positions that do not begin anew). Leave `batching.pack` off"
+    )
 
 
 @contextmanager

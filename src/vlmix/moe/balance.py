@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from vlmix.core.errors import VlmixError
 from vlmix.core.experts import BalanceSettings
 from vlmix.core.tensors import Routing
-from vlmix.moe.layer import ExpertLayer
+from vlmix.moe.layer import ExpertLayer, full_precision
 
 
 @dataclass
@@ -55,8 +55,11 @@ def balance_loss(
     ``positions`` are of the tokens that were routed; without them, or where a layer decides for other things
     (whole rows, views), all count.
     """
-    losses = [_layer_loss(routing, settings, positions or Positions(), counts) for routing in routings]
-    return torch.stack(losses).mean()
+    where = positions or Positions()
+    # Autocast would round counts to the eight bits of bfloat16.
+    with full_precision(routings[0].logits.device):
+        losses = [_layer_loss(routing, settings, where, counts) for routing in routings]
+        return torch.stack(losses).mean()
 
 
 def _layer_loss(
@@ -93,8 +96,9 @@ def _groups(routing: Routing, settings: BalanceSettings, positions: Positions) -
 
 
 def _fitting(positions: Tensor | None, routing: Routing) -> Tensor | None:
-    """A mask over the decisions, if there is one for each of them."""
-    return positions if isinstance(positions, Tensor) and positions.shape == routing.shape else None
+    """A mask over the decisions, if there is one for each of them; decoders may join all rows into one."""
+    decisions = routing.shape[0] * routing.shape[1]
+    return positions if isinstance(positions, Tensor) and positions.numel() == decisions else None
 
 
 def _chosen(routing: Routing, settings: BalanceSettings, counted_GT: Tensor) -> Tensor:

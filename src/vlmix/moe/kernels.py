@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from vlmix.moe.products import Inside, Sorting, Weights, combine, run_networks
+from vlmix.moe.products import Inside, Sorting, Weights, combine, own_precision, run_networks
 
 LOOP: Final = "loop"
 # Grouped products read rows in steps of this many bytes.
@@ -92,7 +92,7 @@ def run_kernel(experts: Stacked, x_RD: Tensor, indices_RK: Tensor, weights_RK: T
     device, dtype = x_RD.device.type, compute_dtype(x_RD)
     name, _ = kernel_for(experts, dtype, x_RD.device)
     # Neither the kernels nor the loop leave precision to autocast.
-    with torch.autocast(device, enabled=False):
+    with own_precision(device):
         if name == LOOP:
             return loop(experts, x_RD.to(dtype), indices_RK, weights_RK)
         run = ALL_EXPERTS_FUNCTIONS.get_interface(name, loop)
@@ -135,9 +135,9 @@ def _one_row(experts: Stacked, x_1D: Tensor, indices_1K: Tensor, weights_1K: Ten
 def _many_rows(experts: Stacked, x_RD: Tensor, indices_RK: Tensor, weights_RK: Tensor) -> Tensor:
     """Without gradients nothing is kept, so inner values are there for one expert at a time."""
     sorting = Sorting.of(indices_RK, experts.num_experts)
-    y_SO = x_RD.new_empty(indices_RK.numel(), experts.outputs)
-    y_SO[sorting.bounds[-1] :].zero_()
-    rows_S = sorting.rows
-    for expert, span in sorting.spans():
-        y_SO[span] = experts.alone(expert, x_RD.index_select(0, rows_S[span]))
+    y_SO = sorting.empty(x_RD, experts.outputs)
+    for expert, rows, y in zip(
+        sorting.experts, sorting.parts(sorting.rows), sorting.parts(y_SO), strict=False
+    ):
+        y.copy_(experts.alone(expert, x_RD.index_select(0, rows)))
     return combine(y_SO, weights_RK, sorting)

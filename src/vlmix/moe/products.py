@@ -8,8 +8,8 @@ between the products is computed again for the gradients, so its inner values ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,34 +21,40 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True, slots=True)
 class Sorting:
-    """Choices in the order of their experts: ``order`` (S) sorts them, ``back`` (R, K) says where each went.
+    """Choices in the order of their experts: ``rows`` (S) and ``order`` (S) say whose they are and which.
 
-    Expert e has the sorted choices from ``bounds[e]`` to ``bounds[e + 1]``. Those behind the last bound are
-    of experts that are elsewhere and give 0.
+    ``back`` (R, K) says where each went. ``experts`` are those that have choices, ``sizes`` how many each;
+    choices behind those are of experts that are elsewhere and give 0.
     """
 
     order: Tensor
+    rows: Tensor
     back: Tensor
-    bounds: list[int]
+    experts: list[int]
+    sizes: list[int]
 
     @classmethod
     def of(cls, indices_RK: Tensor, experts: int) -> Sorting:
         """Sort the choices ``indices_RK``; an index of ``experts`` or above is one that is elsewhere."""
         order_S = indices_RK.flatten().argsort(stable=True)
         counts = torch.bincount(indices_RK.flatten(), minlength=experts)[:experts].tolist()
-        places_S = torch.arange(len(order_S), device=order_S.device)
-        back_RK = torch.empty_like(order_S).scatter_(0, order_S, places_S).view_as(indices_RK)
-        return cls(order_S, back_RK, list(accumulate(counts, initial=0)))
+        chosen = [expert for expert, count in enumerate(counts) if count]
+        sizes = [counts[expert] for expert in chosen]
+        return cls(
+            order_S, order_S // indices_RK.shape[1], order_S.argsort().view_as(indices_RK), chosen, sizes
+        )
 
-    @property
-    def rows(self) -> Tensor:
-        """The row of each sorted choice (S)."""
-        return self.order // self.back.shape[1]
+    def parts(self, x_S: Tensor) -> Sequence[Tensor]:
+        """The choices of each expert that has any, as views of ``x_S``; last those that are elsewhere."""
+        away = len(x_S) - sum(self.sizes)
+        return x_S.split([*self.sizes, away] if away else self.sizes)
 
-    def spans(self) -> list[tuple[int, slice]]:
-        """Every expert that has choices, and where they are."""
-        pairs = enumerate(pairwise(self.bounds))
-        return [(expert, slice(start, stop)) for expert, (start, stop) in pairs if start < stop]
+    def empty(self, like: Tensor, width: int) -> Tensor:
+        """Room for rows of every choice (S, width), 0 where it is elsewhere."""
+        made = like.new_empty(len(self.order), width)
+        if (here := sum(self.sizes)) < len(made):
+            made[here:].zero_()
+        return made
 
 
 class Weights(NamedTuple):
@@ -76,6 +82,11 @@ def run_networks(
     """
     inputs = (x_RD, shares_RK, *weights, *inside.parameters)
     return _Networks.apply(sorting, inside.run, *inputs)  # pyright: ignore[reportReturnType]
+
+
+def own_precision(device: str) -> AbstractContextManager[Any]:
+    """Within it no autocast chooses the precision."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def combine(y_SO: Tensor, shares_RK: Tensor, sorting: Sorting) -> Tensor:
@@ -109,8 +120,7 @@ class _Networks(Function):
         g_SO = g_RO.index_select(0, rows_S)
         d_shares = _share_gradient(g_SO, y_SO, shares_RK, sorting) if needs_shares else None
         g_SO = g_SO.mul_(shares_RK.flatten()[sorting.order].unsqueeze(-1))
-        # Neither this nor the products around it are left to the autocast of whoever asks for gradients.
-        with torch.enable_grad(), torch.autocast(g_RO.device.type, enabled=False):
+        with torch.enable_grad(), own_precision(g_RO.device.type):
             h_SH = h_SH.detach().requires_grad_()
             inner_SI = ctx.run(h_SH)
         learnt = [p for p, need in zip(parameters, needs[4:], strict=True) if need]
@@ -136,22 +146,24 @@ class _Networks(Function):
 
 def _product(x_SI: Tensor, stack_EOI: Tensor, bias_EO: Tensor | None, sorting: Sorting) -> Tensor:
     """Every sorted choice times its expert's matrix: (S, O)."""
-    y_SO = x_SI.new_empty(len(x_SI), stack_EOI.shape[1])
-    y_SO[sorting.bounds[-1] :].zero_()
-    for expert, span in sorting.spans():
-        matrix_IO = stack_EOI[expert].to(x_SI.dtype).T
+    y_SO = sorting.empty(x_SI, stack_EOI.shape[1])
+    for expert, x, y in zip(sorting.experts, sorting.parts(x_SI), sorting.parts(y_SO), strict=False):
+        matrix_IO = _in_dtype_of(x_SI, stack_EOI[expert]).T
         if bias_EO is None:
-            torch.mm(x_SI[span], matrix_IO, out=y_SO[span])
+            torch.mm(x, matrix_IO, out=y)
         else:
-            torch.addmm(bias_EO[expert].to(x_SI.dtype), x_SI[span], matrix_IO, out=y_SO[span])
+            torch.addmm(_in_dtype_of(x_SI, bias_EO[expert]), x, matrix_IO, out=y)
     return y_SO
 
 
+def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
+
+
 def _input_gradient(g_SO: Tensor, stack_EOI: Tensor, sorting: Sorting) -> Tensor:
-    dx_SI = g_SO.new_empty(len(g_SO), stack_EOI.shape[2])
-    dx_SI[sorting.bounds[-1] :].zero_()
-    for expert, span in sorting.spans():
-        torch.mm(g_SO[span], stack_EOI[expert].to(g_SO.dtype), out=dx_SI[span])
+    dx_SI = sorting.empty(g_SO, stack_EOI.shape[2])
+    for expert, g, dx in zip(sorting.experts, sorting.parts(g_SO), sorting.parts(dx_SI), strict=False):
+        torch.mm(g, _in_dtype_of(g_SO, stack_EOI[expert]), out=dx)
     return dx_SI
 
 
@@ -162,8 +174,8 @@ def _share_gradient(g_SO: Tensor, y_SO: Tensor, shares_RK: Tensor, sorting: Sort
 
 def _bias_gradient(g_SO: Tensor, bias_EO: Tensor, sorting: Sorting) -> Tensor:
     d_EO = torch.zeros_like(bias_EO)
-    for expert, span in sorting.spans():
-        d_EO[expert] = g_SO[span].sum(0)
+    for expert, g in zip(sorting.experts, sorting.parts(g_SO), strict=False):
+        d_EO[expert] = g.sum(0)
     return d_EO
 
 
@@ -171,17 +183,18 @@ def _weight_gradient(g_SO: Tensor, x_SI: Tensor, stack_EOI: Tensor, sorting: Sor
     """Experts without choices get 0, not nothing: their optimizer steps like any other."""
     dw_EOI = torch.empty_like(stack_EOI, memory_format=torch.contiguous_format)
     done = 0
-    for expert, span in sorting.spans():
+    for expert, g, x in zip(sorting.experts, sorting.parts(g_SO), sorting.parts(x_SI), strict=False):
         if done < expert:
             dw_EOI[done:expert].zero_()
-        g_RO, x_RI, dw_OI = g_SO[span], x_SI[span], dw_EOI[expert]
-        if dw_OI.dtype != g_RO.dtype:
-            dw_OI.copy_(g_RO.T @ x_RI)
-        elif len(g_RO) == 1:
+        dw_OI = dw_EOI[expert]
+        if dw_OI.dtype != g.dtype:
+            dw_OI.copy_(g.T @ x)
+        elif len(g) == 1:
             # A product of two vectors has nothing to add up: several times faster without matrix products.
-            torch.mul(g_RO.T, x_RI, out=dw_OI)
+            torch.mul(g.T, x, out=dw_OI)
         else:
-            torch.mm(g_RO.T, x_RI, out=dw_OI)
+            torch.mm(g.T, x, out=dw_OI)
         done = expert + 1
-    dw_EOI[done:].zero_()
+    if done < len(dw_EOI):
+        dw_EOI[done:].zero_()
     return dw_EOI

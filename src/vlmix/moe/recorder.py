@@ -170,7 +170,7 @@ class RoutingRecorder:
         names = Note.__dataclass_fields__
         made = cls([Note(**{key: layer[key] for key in names}) for layer in raw["layers"]], raw["capacity"])
         made.tallies = {layer["name"]: Tally.from_json(layer) for layer in raw["layers"]}
-        made.paths, made.sets = _read(raw["paths"]), _read(raw["sets"])
+        made.paths, made.sets = (_read(raw[name], raw["capacity"]) for name in ("paths", "sets"))
         made.pathless = {int(mixture): reason for mixture, reason in raw["pathless"].items()}
         made.examples = dict(raw["examples"])
         return made
@@ -273,9 +273,9 @@ def _written(counters: Mapping[int, Mapping[str, PathCounter]]) -> dict[str, Any
     }
 
 
-def _read(raw: Mapping[str, Any]) -> dict[int, dict[str, PathCounter]]:
+def _read(raw: Mapping[str, Any], capacity: int) -> dict[int, dict[str, PathCounter]]:
     made: dict[int, dict[str, PathCounter]] = {}
     for mixture, found in raw.items():
         read = {group: PathCounter.from_json(counter) for group, counter in found.items()}
-        made[int(mixture)] = {group: read.get(group, PathCounter()) for group in GROUPS}
+        made[int(mixture)] = {group: read.get(group, PathCounter(capacity)) for group in GROUPS}
     return made
