@@ -72,7 +72,8 @@ def test_a_folder_serves_other_runs_mixtures_and_damage_is_repaired(plain, tmp_p
     content[-1] ^= 1
     files[4].write_bytes(content)
     train(again, tmp_path / "third")
-    for name in ("first", "second", "third"):
+    assert "align: features: 24 of 24" in train(again, tmp_path / "fourth")  # what was damaged is whole again
+    for name in ("first", "second", "third", "fourth"):
         same(tmp_path / name, plain)
     other = {**TINY["model"], "encoders": [SIGLIP], "fusion": {"kind": "single"}}
     text = train(recipe(model=other, stages=[ALIGN], feature_cache=cache), tmp_path / "other")
@@ -93,5 +94,14 @@ def test_stages_that_cannot_keep_features_say_so_or_do_without(tmp_path, monkeyp
     with pytest.raises(RecipeError, match=r"stages\.0\.cache_features: .* because encoder 0 is trained"):
         train(one_stage(cache_features=True), tmp_path / "trained")
     assert not (tmp_path / "trained").exists()
+    trained = [{**ALIGN, "train": {"*": 1e-3}}]
+    text = train(recipe(stages=trained), tmp_path / "left")
+    assert "features: stage align runs its encoders in every step, because encoder 0 is trained" in text
+    for off in ({"use": False}, None):
+        quiet = {} if off else {"cache_features": False}
+        stages = [{**each, **quiet} for each in trained]
+        assert "features:" not in train(
+            recipe(stages=stages, feature_cache=off or {}), tmp_path / f"off{bool(off)}"
+        )
     monkeypatch.setattr(looking, "look", None)  # one epoch, nobody else asks: nothing is kept
     assert "features:" not in train(recipe(stages=[TINY["stages"][0]]), tmp_path / "once")

@@ -10,6 +10,7 @@ from PIL import Image
 from vlmix.core.errors import DataError, InputError, SampleError
 from vlmix.core.parts import SOURCES, read_part
 from vlmix.core.sample import ImageRef
+from vlmix.data import json_rows
 from vlmix.data.json_rows import MAX_DEPTH, MAX_ROW_BYTES
 from vlmix.data.ledger import Ledger, check
 
@@ -288,3 +289,25 @@ def test_what_cannot_be_read_at_all_says_so_at_once(folder, tmp_path):
     with pytest.raises(InputError, match="images folder"):
         source_of(path, images=str(tmp_path / "nowhere"))[0]
     assert source_of(path, images=str(folder))[0].id == "good#1"
+
+
+def test_a_file_that_goes_away_in_use_is_said_with_the_remedy(folder):
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows_of(folder)))
+    found = source_of(path)
+    assert len(found) == 20
+    path.unlink()
+    with pytest.raises(DataError, match=r"cannot be read any more: No such file.*continue with --resume"):
+        found[0]
+
+
+def test_a_file_that_several_sources_select_from_is_scanned_once(folder, monkeypatch):
+    path, scanned = folder / "rows.json", []
+    path.write_text(json.dumps(rows_of(folder)))
+    monkeypatch.setattr(
+        json_rows, "_Index", lambda path, made=json_rows._Index: scanned.append(1) or made(path)
+    )
+    sizes = [len(source_of(path, select={"first": first})) for first in (1, 5, 9)]
+    assert (sizes, len(scanned)) == ([20, 16, 12], 1)
+    path.write_text(json.dumps(rows_of(folder)[:7]))
+    assert (len(source_of(path)), len(scanned)) == (7, 2)

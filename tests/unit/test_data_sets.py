@@ -1,7 +1,6 @@
 """Published data sets: named when missing, planned when absent, counted when another file stands there."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -52,8 +51,31 @@ def test_every_sources_paths_are_looked_for(kind, tmp_path):
         key: str(tmp_path / "gone") if key == "path" else v
         for key, v in settings.model_dump(mode="json").items()
     }
-    told = isinstance(getattr(settings, "path", None), Path)  # a word may be a hub id
-    assert bool(missing_paths(DataSettings(source=raw))) == told
+    assert bool(missing_paths(DataSettings(source=raw))) == hasattr(settings, "path")
+
+
+def test_every_missing_shard_and_table_is_named_with_where_to_get_it(tmp_path):
+    for number in (0, 2):
+        (tmp_path / f"{number:03}.tar").write_bytes(b"")
+    shards = {
+        "kind": "webdataset",
+        "shards": [str(tmp_path / "{000..003}.tar"), str(tmp_path / "more/*.tar")],
+    }
+    tables = {"kind": "hf_dataset", "path": str(tmp_path / "train.parquet"), "images": str(tmp_path / "seen")}
+    many = {"kind": "webdataset", "shards": str(tmp_path / "b{00..98}.tar")}
+    data = [
+        {"source": shards, "name": "Tars", "get": "example.org/tars"},
+        {"source": tables, "get": "example.org/tables"},
+        {"source": many, "get": "example.org/many"},
+        {"source": {"kind": "hf_dataset", "path": "someone/on-the-hub"}},
+    ]
+    with pytest.raises(InputError) as caught:
+        check_present(recipe(stages=[stage("x", {"*": 1}, *data)]))
+    first, second, third = str(caught.value).splitlines()[1:-1]
+    assert all(word in first for word in ("001.tar", "003.tar", "more/*.tar", "Tars: ", "example.org/tars"))
+    assert "000.tar" not in first
+    assert all(word in second for word in ("train.parquet", "seen", "example.org/tables"))
+    assert "b03.tar and 95 more not found" in third
 
 
 @pytest.mark.parametrize(("rows", "told"), [(3, 0), (4, 1), (10, 1), (1000, 1), (None, 0)])

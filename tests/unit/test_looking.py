@@ -5,11 +5,12 @@ import torch
 
 from tests.tiny import PLACEHOLDER, part, text_config
 from vlmix.core.parts import ENCODERS, FUSIONS, PROJECTORS
+from vlmix.core.tensors import FeatureMap
 from vlmix.core.views import Tiling
 from vlmix.models import looking
 from vlmix.models.configuration import VlmixConfig
 from vlmix.models.features import SeenPictures
-from vlmix.models.looking import layout, look, obstacle, questions
+from vlmix.models.looking import at_once, layout, look, obstacle, questions
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.viewing import tilings_tensor
 from vlmix.train.trainable import set_modes
@@ -79,7 +80,7 @@ def test_loss_and_gradients_are_those_with_the_encoders_inside(monkeypatch, fusi
     inputs = batch(built)
     assert obstacle(built.model) == ""
     # All views at once, as the model runs them: kernels sum in another order in batches of another size.
-    monkeypatch.setattr(looking, "at_once", lambda device: len(inputs["pixel_values"]) * 16)
+    monkeypatch.setattr(looking, "at_once", lambda *on: len(inputs["pixel_values"]) * 16)
     monkeypatch.setattr(looking, "_filled", lambda some, count: some)
     asked = questions(built.model)
     seen = look(built.model, asked, inputs["pixel_values"], None).laid_out(layout(built.model, asked))
@@ -92,11 +93,10 @@ def test_loss_and_gradients_are_those_with_the_encoders_inside(monkeypatch, fusi
     assert all(torch.equal(gradient, same[name]) for name, gradient in gradients.items())
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
-def test_what_is_said_of_a_picture_depends_on_no_other(monkeypatch, accelerator):
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_what_is_said_of_a_picture_depends_on_no_other(monkeypatch, count):
     built = network("patch_mining")
-    if accelerator:
-        monkeypatch.setattr(looking, "at_once", lambda device: 8)
+    monkeypatch.setattr(looking, "at_once", lambda *on: count)
     asked = questions(built.model)
     assert asked == ("map", "levels")
     pixels = batch(built, pictures=9)["pixel_values"]
@@ -115,6 +115,14 @@ def test_what_is_said_of_a_picture_depends_on_no_other(monkeypatch, accelerator)
     )
 
 
+def test_small_encoders_are_shown_some_views_at_once():
+    """Time goes into calling kernels there; larger ones gain nothing from company, and fillers would cost."""
+    cpu = torch.device("cpu")
+    small, large = torch.nn.Linear(8, 8), torch.nn.Linear(4096, 4096, device="meta")
+    assert [at_once(cpu, each) for each in (small, large)] == [4, 1]
+    assert [at_once(torch.device("cuda"), each) for each in (small, large)] == [8, 8]
+
+
 def test_encoders_that_must_run_in_every_step_are_known_and_named():
     built = network("channel_concat")
     state = torch.get_rng_state()
@@ -124,3 +132,22 @@ def test_encoders_that_must_run_in_every_step_are_known_and_named():
     assert obstacle(built.model) == "encoder 1 is trained"
     assert obstacle(network("single").model) == ""
     assert "`mixture_of_resolution` needs more" in obstacle(network("mixture_of_resolution").model)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0)])
+@pytest.mark.parametrize("views", [1, 3])
+def test_numbers_stay_the_same_however_an_encoder_leaves_them_in_memory(order, views):
+    """Two views tell the layout of any number, also where views are not behind one another."""
+    left = [torch.empty_permuted((count, 4, 6), order) for count in (2, views)]
+    tokens = torch.arange(views * 24.0).reshape(views, 4, 6)
+    seen = SeenPictures(((FeatureMap(tokens, (2, 2)),),), views).laid_out([[left[0].stride()]])
+    assert torch.equal(seen.maps[0][0].tokens, tokens)
+    if views > 1:
+        assert seen.maps[0][0].tokens.stride() == left[1].stride()
+
+
+def test_a_gap_behind_each_view_is_kept():
+    """A class token that was cut off, say."""
+    stride = torch.zeros(2, 17, 6)[:, 1:].stride()
+    seen = SeenPictures(((FeatureMap(torch.rand(3, 16, 6), (4, 4)),),), 3).laid_out([[stride]])
+    assert seen.maps[0][0].tokens.stride() == (17 * 6, 6, 1)

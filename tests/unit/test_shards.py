@@ -257,6 +257,8 @@ def test_patterns_folders_and_files_name_the_same_shards(tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             shards.find_shards([f"{tmp_path}/{pattern}", str(tmp_path)])
+    with pytest.raises(InputError, match="mount or download them first"):
+        shards.find_shards(["https://example.org/{000..003}.tar"])
     for magic, remedy in ((b"\x1f\x8b\x08", "gunzip"), (b"\x28\xb5\x2f\xfd", "unzstd")):
         (tmp_path / "packed.tar").write_bytes(magic + bytes(600))
         with pytest.raises(InputError, match=remedy):

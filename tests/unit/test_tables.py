@@ -14,6 +14,7 @@ from vlmix.core.parts import SOURCES, read_part
 from vlmix.data import tables
 from vlmix.data.ledger import check
 
+TEXT = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "this"}]
 PAIR = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "this"}]
 
 
@@ -93,6 +94,28 @@ def test_turns_in_every_known_wording(tmp_path, opened):
         ]
 
 
+def test_a_folder_with_several_splits_gives_the_one_that_was_asked_for(tmp_path, opened):
+    folder = tmp_path / "training set"
+    for name, rows in {"train-00000-of-00002": 3, "train-00001-of-00002": 1, "val-0": 2, "test": 5}.items():
+        listed = [{"id": f"{name}.{i}", "conversations": TEXT} for i in range(rows)]
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(listed).to_parquet(folder / f"data/{name}.parquet")
+    sizes = {split: len(opened(folder, split=split)) for split in ("train", "validation", "test")}
+    assert sizes == {"train": 4, "validation": 2, "test": 5}
+    assert len(opened(folder / "data/test.parquet")) == 5
+    (tmp_path / "rest").mkdir()
+    for name in ("val-0", "test"):
+        (folder / f"data/{name}.parquet").rename(tmp_path / f"rest/{name}.parquet")
+    with pytest.raises(InputError, match="no file of the split 'train', only files of test, val"):
+        len(opened(tmp_path / "rest"))
+    (tmp_path / "plain").mkdir()
+    for number, file in enumerate((tmp_path / "rest").iterdir()):
+        file.rename(tmp_path / f"plain/{number}.parquet")
+    assert len(opened(tmp_path / "plain")) == 7
+    with pytest.raises(InputError, match="only files that name no split"):
+        len(opened(tmp_path / "plain", split="test"))
+
+
 def test_bad_rows_are_told_apart_and_paths_stay_inside_their_folder(tmp_path, opened):
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     (tmp_path / "pictures").mkdir()
@@ -104,16 +127,18 @@ def test_bad_rows_are_told_apart_and_paths_stay_inside_their_folder(tmp_path, op
         str(tmp_path / "secret.png"),
         None,
         "http://192.0.2.1/a.png",
+        str((tmp_path / "pictures/in.png").resolve()),
+        str(tmp_path / "pictures/../secret.png"),
     ]
     turns = [PAIR] * len(values)
     datasets.Dataset.from_dict({"conversations": turns, "image": values}).to_json(tmp_path / "rows.jsonl")
     found = opened(tmp_path / "rows.jsonl", images=str(tmp_path / "pictures"))
     ledger = check("t", found)
-    said = ["does not exist", "leads out", "leads out", "but 0 pictures", "not a path inside"]
+    said = ["does not exist", "leads out", "leads out", "but 0 pictures", "not a path inside", "leads out"]
     assert [any(w in r for r in [reason]) for w, reason in zip(said, ledger.bad.values(), strict=True)] == [
         True
-    ] * 5
-    assert ledger.used == 1
+    ] * 6
+    assert ledger.used == 2
     with pytest.raises(InputError, match="Set `images`"):
         opened(tmp_path / "rows.jsonl")[0]
 

@@ -109,7 +109,8 @@ def pack(  # noqa: PLR0913, PLR0917 - each is an option of the command
 
     Pictures are copied byte for byte unless --max-side makes them smaller. Every picture is opened once; a
     bad row goes to quarantine.jsonl and is not replaced. TARGET appears when all is written, with a manifest
-    of checksums; if packing stops before, nothing is left. Equal input gives equal bytes.
+    of checksums. Stopped or killed before, the same command goes on behind the last finished shard (they
+    wait in .TARGET.packing). Equal input gives equal bytes.
     """
     from vlmix.data.pack import pack as write_shards
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlmix.core.errors import CheckpointError
 from vlmix.core.initial import fan_in
 from vlmix.core.sample import Answer, Decoding, Responder, Sample, Score
-from vlmix.core.settings import PartSettings
+from vlmix.core.settings import PartSettings, paths_in
 from vlmix.core.tensors import FeatureMap, Routing, TextContext, VisionSpec
 
 
@@ -274,6 +274,11 @@ class Source(ABC):
     @abstractmethod
     def tiny(cls, folder: Path) -> Any:
         """Write a few rows under ``folder`` where files are needed, and return settings that read them."""
+
+    @classmethod
+    def places(cls, settings: Any) -> list[Path]:
+        """Files and folders that must be there for a source with these settings; none is opened."""
+        return list(paths_in(settings))
 
     def line(self, index: int) -> int:
         """Where row ``index`` stands in its file, counted from 1; the ledger names it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeAlias, TypeGuard, TypeVar, get_args
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias, TypeGuard, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -64,6 +65,17 @@ class PartSettings(Settings):
 
         """
         return read_settings(type(self), {**self.model_dump(), **values})
+
+
+def paths_in(settings: Settings) -> Iterator[Path]:
+    """Every path in settings, and in settings inside them."""
+    for name in type(settings).model_fields:
+        value: Any = getattr(settings, name)
+        for each in cast("list[Any]", value) if isinstance(value, list) else [value]:
+            if isinstance(each, Path):
+                yield each
+            elif isinstance(each, Settings):
+                yield from paths_in(each)
 
 
 def divided(length: Length, factor: int, name: str) -> Length:

@@ -17,18 +17,20 @@ _held: list[Callable[[int], Any]] = []  # the work, in a worker process only
 T = TypeVar("T")
 
 
-def each_row(work: Callable[[int], T], rows: int, workers: int = 0) -> Iterator[T]:
-    """What ``work`` gives for rows 0, 1, 2 …; with ``workers`` above 0 it is pickled once for each process.
+def each_row(work: Callable[[int], T], rows: int, workers: int = 0, first: int = 0) -> Iterator[T]:
+    """What ``work`` gives for rows ``first``, … up to ``rows``.
+
+    With ``workers`` above 0 it is pickled once for each process.
 
     Raises:
         VlmixError: if a process was killed.
 
     """
     if not workers:
-        yield from map(work, range(rows))
+        yield from map(work, range(first, rows))
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _hold, (work,))
-    pieces = (range(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+    pieces = (range(start, min(start + _ROWS, rows)) for start in range(first, rows, _ROWS))
     waiting = deque[Future[list[T]]]()
     try:
         for piece in pieces:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from array import array
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -56,27 +56,36 @@ class JsonRows:
 
         Raises:
             SampleError: if it is not strict JSON, too long or too deep.
-            DataError: if the file was changed after it was scanned.
+            DataError: if the file is gone, or was changed after it was scanned.
 
         """
         start, stop = self._index.starts[index], self._index.stops[index]
         if stop - start > MAX_ROW_BYTES:
             reason = f"the row has {stop - start} bytes, more than {MAX_ROW_BYTES}"
             raise SampleError(reason, line=self.line(index))
-        with self.path.open("rb") as file:
-            if _version(os.fstat(file.fileno())) != self._index.version:
-                raise DataError(f"{self.path} was changed while in use. Start again to read the new version.")
-            file.seek(start)
-            raw = file.read(stop - start)
+        try:
+            raw = self._raw(start, stop)
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be read any more: {error.strerror}. Bring it back and continue with "
+                "--resume"
+            ) from None
         try:
             return parse_strict(raw)
         except ValueError as error:
             raise SampleError(f"not valid JSON: {error}", line=self.line(index)) from None
 
+    def _raw(self, start: int, stop: int) -> bytes:
+        with self.path.open("rb") as file:
+            if _version(os.fstat(file.fileno())) != self._index.version:
+                raise DataError(f"{self.path} was changed while in use. Start again to read the new version.")
+            file.seek(start)
+            return file.read(stop - start)
+
     @cached_property
     def _index(self) -> _Index:
         try:
-            return _Index(self.path)
+            return _scanned(self.path, _version(self.path.stat()))
         except OSError as error:
             raise InputError(f"{self.path} cannot be read ({error.strerror}). Check the path.") from None
 
@@ -142,6 +151,12 @@ class _Index:
         self.starts.append(start)
         self.stops.append(stop)
         self.lines.append(self._line)
+
+
+@lru_cache(maxsize=8)
+def _scanned(path: Path, version: tuple[int, int]) -> _Index:
+    """The index of one version of a file, made once for all who read parts of it."""
+    return _Index(path)
 
 
 def parse_strict(raw: bytes) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from vlmix.core.errors import DataError, ImageError, SampleError
+from vlmix.core.files import storage_errors
 from vlmix.core.interfaces import Source
 from vlmix.core.sample import ImageRef, Sample, Turn
 
@@ -98,9 +99,10 @@ class Ledger:
     def _append(self, row: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=True) + "\n")
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=True) + "\n")
 
 
 def check(name: str, source: Source, path: Path | None = None) -> Ledger:

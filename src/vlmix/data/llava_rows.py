@@ -100,8 +100,9 @@ def find_picture(root: Path, name: str) -> Path:
     """
     if "\0" in name or _URL.match(name):
         raise SampleError(f"image {name[:80]!r} is not a path inside the images folder")
+    inside = PurePosixPath(name).is_relative_to(root)  # a whole path, as some files have it
     for path in (PurePosixPath(name), PureWindowsPath(name)):
-        if path.anchor or ".." in path.parts:
+        if (path.anchor and not inside) or ".." in path.parts:
             raise SampleError(f"image {name[:80]!r} leads out of the images folder; use a path inside it")
     try:
         found = (root / name).resolve(strict=True)

@@ -72,20 +72,26 @@ class Stretch(StoredPicture):
     def read(self) -> bytes:
         """All bytes; the caller has looked at ``size``."""
         try:
-            descriptor = os.open(self.shard, os.O_RDONLY | os.O_CLOEXEC)
+            raw = self._read()
         except OSError as error:
-            raise DataError(f"{self.shard} cannot be read any more: {error.strerror}") from None
+            raise DataError(
+                f"{self.shard} cannot be read any more: {error.strerror}. Bring it back and continue with "
+                "--resume"
+            ) from None
+        if len(raw) != self.size:
+            raise DataError(f"{self.shard}: {self.member} gave {len(raw)} bytes of {self.size}")
+        return raw
+
+    def _read(self) -> bytes:
+        descriptor = os.open(self.shard, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if _version(os.fstat(descriptor)) != self.version:
                 raise DataError(
                     f"{self.shard} was changed while in use. Start again to read the new version."
                 )
-            raw = os.pread(descriptor, self.size, self.offset)
+            return os.pread(descriptor, self.size, self.offset)
         finally:
             os.close(descriptor)
-        if len(raw) != self.size:
-            raise DataError(f"{self.shard}: {self.member} gave {len(raw)} bytes of {self.size}")
-        return raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +190,21 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
     return found
 
 
+def named_shards(patterns: Sequence[str]) -> list[Path]:
+    """The files that patterns name, there or not; where a folder or ``*`` finds none, that itself."""
+    found = list[Path]()
+    for pattern in patterns:
+        for name in [pattern] if Path(pattern).exists() else _unfolded(pattern):
+            path = Path(name)
+            if path.is_dir():
+                found += sorted(path.glob("*.tar")) or [path]
+            elif not path.exists() and glob.has_magic(name):
+                found += sorted(map(Path, glob.glob(name))) or [path]  # noqa: PTH207 - as in `_matching`
+            else:
+                found.append(path)
+    return found
+
+
 def _unfolded(pattern: str) -> Iterator[str]:
     pieces = list[list[str]]()
     done = 0
@@ -208,6 +229,8 @@ def _matching(name: str) -> list[Path]:
         return found
     if not path.exists() and glob.has_magic(name):
         return sorted(map(Path, glob.glob(name)))  # noqa: PTH207 - a pattern may begin anywhere
+    if not path.exists() and "://" in name:
+        raise InputError(f"{name} is no file here. Shards are read at a place: mount or download them first.")
     if not path.exists():
         raise InputError(f"{name} does not exist. Check the path.")
     return [path]

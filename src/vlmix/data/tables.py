@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,14 @@ _FILES: Final[dict[str, str]] = {
     ".jsonl": "json",
     ".json": "json",
 }
+
+
+_SPLITS: Final = (
+    frozenset({"train", "training"}),
+    frozenset({"validation", "valid", "val", "dev"}),
+    frozenset({"test", "testing", "eval", "evaluation"}),
+)
+"""Words for one split each, as `datasets` reads them in names of files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +173,25 @@ def _loaded(datasets: ModuleType, place: Place) -> Any:
         return datasets.load_dataset(
             place.path, place.name, split=place.split, revision=place.revision, **more
         )
-    files = [str(file) for file in table_files(path)]
-    if not files:
+    if not (listed := table_files(path)):
         raise InputError(f"{path}: no {', '.join(_FILES)} files there")
+    files = [str(file) for file in _of_split(path, listed, place.split)]
     if all(file.endswith(".arrow") for file in files):
         return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
     kind = _FILES[Path(files[0]).suffix]
     return datasets.load_dataset(kind, data_files=files, split="train", **more)
+
+
+def is_local(path: str) -> bool:
+    """Whether something is at ``path``, or it can be no hub id, which is ``NAME`` or ``OWNER/NAME``."""
+    place = Path(path)
+    return (
+        place.exists()
+        or place.is_absolute()
+        or path.startswith(".")
+        or len(place.parts) > 2
+        or (place.suffix in _FILES)
+    )
 
 
 def table_files(path: Path) -> list[Path]:
@@ -181,6 +202,28 @@ def table_files(path: Path) -> list[Path]:
         if found := sorted(path.rglob(f"*{suffix}")):
             return found
     return []
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Those of a folder's files whose names say that they belong to a split; all where none names any.
+
+    As on the hub: a word of the path below the folder, such as ``data/train-00000-of-00004.parquet``.
+
+    Raises:
+        InputError: if files name other splits alone.
+
+    """
+    if files == [folder]:
+        return files
+    words = [{*re.split(r"[^a-z]+", file.relative_to(folder).as_posix().lower())} for file in files]
+    same = next((names for names in _SPLITS if split in names), frozenset({split}))
+    if found := [file for file, said in zip(files, words, strict=True) if said & {split.lower(), *same}]:
+        return found
+    others = sorted({min(said & names) for said in words for names in _SPLITS if said & names})
+    if others or split not in _SPLITS[0]:
+        known = f"files of {', '.join(others)}" if others else "files that name no split"
+        raise InputError(f"{folder}: no file of the split {split!r}, only {known}. Set `split`")
+    return files
 
 
 def is_saved(path: Path) -> bool:

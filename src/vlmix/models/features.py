@@ -57,7 +57,10 @@ class SeenPictures:
         return torch.empty(self.shape, dtype=torch.uint8)
 
     def laid_out(self, strides: Sequence[Sequence[tuple[int, ...]]]) -> Self:
-        """The same numbers in memory as the encoders themselves leave them, so that kernels do the same."""
+        """The same numbers in memory as the encoders themselves leave them, so that kernels do the same.
+
+        ``strides`` are those of each encoder's maps for two or more views.
+        """
         maps = tuple(
             tuple(FeatureMap(_laid_out(x.tokens, stride), x.grid) for x, stride in zip(*both, strict=True))
             for both in zip(self.maps, strides, strict=True)
@@ -109,9 +112,13 @@ def shown_to(
 
 
 def _laid_out(tokens_INC: Tensor, stride: tuple[int, ...]) -> Tensor:
-    if tokens_INC.stride() == stride and tokens_INC.data_ptr() % _ALIGNED == 0:
+    shape, kind = tokens_INC.shape, {"dtype": tokens_INC.dtype, "device": tokens_INC.device}
+    order = sorted(range(len(stride)), key=lambda axis: -stride[axis])
+    # Views behind one another have that stride in any number; otherwise it changes with their number.
+    apart = order[0] == 0
+    like = torch.empty_strided(shape, stride, **kind) if apart else torch.empty_permuted(shape, order, **kind)
+    if tokens_INC.stride() == like.stride() and tokens_INC.data_ptr() % _ALIGNED == 0:
         return tokens_INC
-    like = torch.empty_strided(tokens_INC.shape, stride, dtype=tokens_INC.dtype, device=tokens_INC.device)
     return like.copy_(tokens_INC)
 
 

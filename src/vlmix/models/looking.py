@@ -19,15 +19,18 @@ from vlmix.core.tensors import FeatureMap, TextContext, VisionSpec
 from vlmix.models.features import Maps, SeenPictures
 from vlmix.models.modeling import VlmixModel
 
+_SMALL = 2**22  # weights; a view takes about 4 ms then
 Asked = Literal["nothing", "map", "levels"]
 
 
-def at_once(device: torch.device) -> int:
-    """How many views an encoder is shown together.
+def at_once(device: torch.device, encoder: nn.Module) -> int:
+    """How many views an encoder is shown together; the last one is shown again to fill up.
 
-    A CPU is hardly slower with one; an accelerator needs some, and is shown the last one again to fill up.
+    A CPU is no slower with one, but for small encoders, whose time goes into calling kernels.
     """
-    return 1 if device.type == "cpu" else 8
+    if device.type != "cpu":
+        return 8
+    return 4 if sum(parameter.numel() for parameter in encoder.parameters()) < _SMALL else 1
 
 
 def obstacle(model: VlmixModel) -> str:
@@ -90,13 +93,16 @@ def look(
 
 @torch.no_grad()
 def layout(model: VlmixModel, asked: Sequence[Asked]) -> list[list[tuple[int, ...]]]:
-    """The strides that each encoder's map, or its levels, have in memory, learnt from an empty picture."""
+    """The strides that each encoder's map, or its levels, have in memory: learnt from empty pictures."""
     side = model.config.image_size
-    empty = torch.zeros(at_once(model.device), 3, side, side, dtype=torch.uint8, device=model.device)
-    return [
-        [] if what == "nothing" else [found.tokens.stride() for found in _ask(encoder, what)(empty)]
-        for encoder, what in zip(cast("list[VisionEncoder]", [*model.encoders]), asked, strict=True)
-    ]
+    found: list[list[tuple[int, ...]]] = []
+    for encoder, what in zip(cast("list[VisionEncoder]", [*model.encoders]), asked, strict=True):
+        # Of a single view the first axis may have any stride.
+        count = max(2, at_once(model.device, encoder))
+        empty = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=model.device)
+        answers = [] if what == "nothing" else _ask(encoder, what)(empty)
+        found.append([answer.tokens.stride() for answer in answers])
+    return found
 
 
 def _ask(encoder: VisionEncoder, what: Asked) -> Callable[[Tensor], Sequence[FeatureMap]]:
@@ -104,7 +110,7 @@ def _ask(encoder: VisionEncoder, what: Asked) -> Callable[[Tensor], Sequence[Fea
 
 
 def _answers(encoder: VisionEncoder, what: Asked, shown: Tensor) -> Maps:
-    count = at_once(shown.device)
+    count = at_once(shown.device, encoder)
     ask, parts = _ask(encoder, what), list[list[FeatureMap]]()
     for some in shown.split(count):
         answers = ask(_filled(some, count))

@@ -8,23 +8,27 @@ from pathlib import Path
 from vlmix.core.errors import InputError
 from vlmix.core.interfaces import Source
 from vlmix.core.parts import SOURCES, read_part
-from vlmix.core.settings import Settings
 from vlmix.train.build import open_source
 from vlmix.train.recipe import DataSettings, Recipe, Stage
+from vlmix.train.starting import check_starts
+
+_SHOWN = 4  # of the files that one set lacks
 
 
 def check_present(recipe: Recipe) -> None:
-    """Look for every file and folder that the recipe reads: data, and other runs; nothing is opened.
+    """Look for every file and folder that the recipe reads: data, and other runs; no data is opened.
 
     Raises:
         InputError: with one line for each data set that is missing: its name, where it was looked for, where
             to get it and where to put it; and one for each run.
+        CheckpointError: if a run that a stage starts from has other experts.
 
     """
     lines: dict[str, str] = {}
     for where, data in _data_of(recipe):
         if absent := missing_paths(data):
-            paths = " and ".join(str(path) for path in absent)
+            paths = " and ".join(str(path) for path in absent[:_SHOWN])
+            paths += f" and {len(absent) - _SHOWN:,} more" if len(absent) > _SHOWN else ""
             remedy = f"Where from and where to: {data.get}" if data.get else _own_word(data)
             lines.setdefault(paths, f"{where}: {_called(data)}{paths} not found. {remedy}")
     for where, run in _runs_of(recipe):
@@ -38,11 +42,13 @@ def check_present(recipe: Recipe) -> None:
             + "\n".join(lines.values())
             + "\nTo rehearse the recipe without them, add --tiny."
         )
+    check_starts(recipe)
 
 
 def missing_paths(data: DataSettings) -> list[Path]:
-    """The paths among a source's settings at which nothing is."""
-    return [path for path in _paths(read_part(SOURCES, data.source)) if not path.exists()]
+    """The files and folders a source needs that are not there."""
+    places = SOURCES.get(data.source["kind"]).places(read_part(SOURCES, data.source))
+    return [path for path in places if not path.exists()]
 
 
 def planned_sizes(stage: Stage) -> tuple[list[int] | None, list[str]]:
@@ -96,17 +102,6 @@ def _runs_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for b, raw in enumerate(stage.before):
             if raw.get("from") is not None:
                 yield f"stages.{s}.before.{b}", str(raw["weights"])
-
-
-def _paths(settings: Settings) -> Iterator[Path]:
-    """Every path in settings, and in settings inside them."""
-    for name in type(settings).model_fields:
-        value = getattr(settings, name)
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, Path):
-                yield each
-            elif isinstance(each, Settings):
-                yield from _paths(each)
 
 
 def _called(data: DataSettings) -> str:

@@ -28,7 +28,7 @@ from vlmix.models.image_processing import VlmixImageProcessor
 from vlmix.models.looking import Asked, at_once, layout, look, obstacle, questions
 from vlmix.models.modeling import VlmixModel
 from vlmix.train.feature_reader import KEYS, FeatureReader, seen_name
-from vlmix.train.feature_store import SCHEMA, FeatureStore, place, raw_bytes
+from vlmix.train.feature_store import SCHEMA, FeatureStore, place, raw_bytes, read_tensors
 from vlmix.train.order import DataOrder
 from vlmix.train.recipe import Recipe, Stage
 
@@ -108,7 +108,8 @@ class FeatureCache:
         for key, answers in zip(keys.cpu().numpy(), seen.split(rows), strict=True):
             picture = key.tobytes().hex()
             for number, encoder in reader.encoders.items():
-                if key.any() and not place(store.folder, encoder, picture).is_file():
+                # Read, not looked for: a damaged file is there as well.
+                if key.any() and read_tensors(place(store.folder, encoder, picture), picture) is None:
                     store.write(encoder, picture, [found.tokens for found in answers[number]])
 
 
@@ -131,7 +132,7 @@ def feature_cache(
 
 
 def looks_of_stages(
-    recipe: Recipe, obstacles: Sequence[str], orders: Sequence[DataOrder]
+    recipe: Recipe, obstacles: Sequence[str], orders: Sequence[DataOrder], say: Callable[[str], None]
 ) -> tuple[Looks, ...]:
     """How the encoders of each stage look at pictures; ``obstacles`` say why it cannot use the cache.
 
@@ -152,6 +153,8 @@ def looks_of_stages(
             )
         again = settings.folder is not None or order.draws > sum(order.sizes)
         again = again or any(_shares(recipe, obstacles, index, other) for other in range(len(recipe.stages)))
+        if obstacles[index] and again and stage.cache_features and settings.use:
+            say(f"features: stage {stage.name} runs its encoders in every step, because {obstacles[index]}")
         if obstacles[index] or not (again or stage.cache_features is True):
             found.append("inside")
         else:
@@ -181,7 +184,7 @@ def encoder_key(model: VlmixModel, number: int, what: Asked, precision: str) -> 
         "tensors": {name: _digest(tensor) for name, tensor in _tensors(encoder).items()},
         "asked": what,
         "precision": [precision, torch.get_float32_matmul_precision()],
-        "device": [model.device.type, at_once(model.device)],
+        "device": [*_machine(model.device), at_once(model.device, encoder)],
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
@@ -209,6 +212,13 @@ def _tensors(encoder: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, those that are not saved among them."""
     named = {**encoder.state_dict(), **dict(encoder.named_buffers())}
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _machine(device: torch.device) -> list[str | int]:
+    """What of a device decides the last bits: its model, or a CPU's instructions and number of threads."""
+    if device.type == "cuda":
+        return [torch.cuda.get_device_name(device)]
+    return [device.type, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
 
 
 def _digest(tensor: Tensor) -> str:

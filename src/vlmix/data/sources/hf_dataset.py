@@ -24,7 +24,18 @@ from vlmix.data.llava_rows import (
     illustrated,
     row_id,
 )
-from vlmix.data.tables import Cell, Place, as_list, cell, columns_of, library, parsed, pictures_in, rows_in
+from vlmix.data.tables import (
+    Cell,
+    Place,
+    as_list,
+    cell,
+    columns_of,
+    is_local,
+    library,
+    parsed,
+    pictures_in,
+    rows_in,
+)
 
 _SPEAKERS: Final = {"user": "human", "assistant": "gpt"}
 _MAX_CHARACTERS: Final = 4 * 2**20
@@ -95,6 +106,12 @@ class HfDataset(Source):
         except SampleError as error:
             raise SampleError(error.reason, line=index + 1, sample_id=name, fault=error.fault) from None
         return Sample(id=name, turns=illustrated(spoken, refs), group=name)
+
+    @classmethod
+    def places(cls, settings: HfDatasetSettings) -> list[Path]:
+        """The table, where ``path`` can be no hub id, and the folder of pictures."""
+        local = [Path(settings.path)] if is_local(settings.path) else []
+        return local + ([] if settings.images is None else [settings.images])
 
     @classmethod
     def tiny(cls, folder: Path) -> HfDatasetSettings:

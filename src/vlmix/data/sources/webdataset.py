@@ -34,7 +34,7 @@ from vlmix.data.llava_rows import (
     row_id,
 )
 from vlmix.data.packed_rows import FIELD, unpacked
-from vlmix.data.shards import Shard, ShardRow, Stretch, find_shards
+from vlmix.data.shards import Shard, ShardRow, Stretch, find_shards, named_shards
 
 _PICTURES: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 
@@ -88,6 +88,11 @@ class Webdataset(Source):
         return {"settings": self.settings}
 
     @classmethod
+    def places(cls, settings: WebdatasetSettings) -> list[Path]:
+        """Every shard by its name, ranges unfolded; a pattern that finds nothing stands for itself."""
+        return named_shards(cls._patterns(settings))
+
+    @classmethod
     def tiny(cls, folder: Path) -> WebdatasetSettings:
         """Two shards: a conversation about one picture, one about two, text only, and a caption."""
         rows = {"a": "<image>\nWhat colour is it?", "b": "<image><image>\nWhich is red?", "c": "Two and two?"}
@@ -102,14 +107,16 @@ class Webdataset(Source):
 
     @cached_property
     def _shards(self) -> list[Shard]:
-        patterns = self.settings.shards
         index = Path(self.settings.index) if self.settings.index else None
-        paths = find_shards((patterns,) if isinstance(patterns, str) else patterns)
-        return [Shard(path, index) for path in paths]
+        return [Shard(path, index) for path in find_shards(self._patterns(self.settings))]
 
     @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(map(len, self._shards)))
+
+    @staticmethod
+    def _patterns(settings: WebdatasetSettings) -> tuple[str, ...]:
+        return (settings.shards,) if isinstance(settings.shards, str) else settings.shards
 
     def _sample(self, row: ShardRow, index: int) -> Sample:
         if row.refused:
