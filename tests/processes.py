@@ -1,7 +1,10 @@
 """Several gloo processes on this machine, each running one function, as torchrun would start them."""
 
 import os
+import queue
 import socket
+import time
+import traceback
 
 import torch
 import torch.multiprocessing as mp
@@ -36,3 +39,65 @@ def run(function, *arguments, world=2):
     context = start(function, *arguments, world=world)
     while not context.join():
         pass
+
+
+class Crew:
+    """Processes that wait for work: many small runs pay for one start.
+
+    ``run`` gives what ``function`` returns on each, or says what it raised there; processes that ended
+    meanwhile are started again for the next.
+    """
+
+    def __init__(self, world=2):
+        self.world, self._context = world, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._end()
+
+    def run(self, function, *arguments, seconds=300):
+        if self._context is None:
+            make = mp.get_context("spawn").Queue
+            self._orders, self._answers = [make() for _ in range(self.world)], make()
+            self._context = start(_work, self._orders, self._answers, world=self.world)
+        port = free_port()
+        for orders in self._orders:
+            orders.put((port, function, arguments))
+        found, last = {}, time.monotonic() + seconds
+        while len(found) < self.world:
+            try:
+                rank, *answer = self._answers.get(timeout=0.2)
+                found[rank] = answer
+            except queue.Empty:
+                gone = [p.exitcode for p in self._context.processes if not p.is_alive()]
+                if gone or time.monotonic() > last:
+                    self._end()
+                    raise AssertionError(f"exit codes {gone}, answers {found}") from None
+        if problems := [problem for _, problem in found.values() if problem]:
+            raise FailedError("\n".join(problems))
+        return [found[rank][0] for rank in range(self.world)]
+
+    def _end(self):
+        if self._context is not None:
+            for process in self._context.processes:
+                process.kill()
+                process.join()
+        self._context = None
+
+
+class FailedError(AssertionError):
+    """A function raised on some process."""
+
+
+def _work(orders, answers):
+    rank = int(os.environ["RANK"])
+    while True:
+        port, function, arguments = orders[rank].get()
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            answers.put((rank, function(*arguments), ""))
+        except Exception as error:  # noqa: BLE001  (the parent is told)
+            told = "".join(traceback.format_tb(error.__traceback__)[-4:])
+            answers.put((rank, None, f"process {rank}: {type(error).__name__}: {error}\n{told}"))

@@ -10,9 +10,7 @@ import pytest
 
 from tests.runs import CONVNEXT, LANGUAGE, TINY, recipe, stage, synth, told, train
 from vlmix import load
-from vlmix.core.errors import RecipeError
 from vlmix.models.modeling import VlmixForConditionalGeneration
-from vlmix.train.dividing import check_divisible
 from vlmix.train.parallel.pieces import Stored
 from vlmix.train.recipe_file import write_recipe
 
@@ -30,6 +28,7 @@ SEVEN = {
     "cache_features": False,
     "steps": 2,
     "optimizer": {"eps": 1e-3},
+    "tell_samples": True,
 }
 
 
@@ -80,7 +79,8 @@ def runs(tmp_path_factory):
 
 def same(one, other):
     for first, second in zip(told(one), told(other), strict=True):
-        exact = {name: value for name, value in first.items() if name not in {"loss", "grad_norm"}}
+        differ = {"loss", "grad_norm", "sample_ids"}
+        exact = {name: value for name, value in first.items() if name not in differ}
         assert exact == {name: second[name] for name in exact}
         # Sums in another order: four units in the last place.
         assert second["loss"] == pytest.approx(first["loss"], abs=2e-6)
@@ -95,6 +95,15 @@ def test_two_processes_train_what_one_does(runs):
     assert first.names == second.names
     assert max((first.read(n) - second.read(n)).abs().max().item() for n in first.names) < 1e-2
     assert isinstance(load(two)[0], VlmixForConditionalGeneration)
+
+
+def test_two_processes_read_the_samples_of_one_none_twice_and_none_missing(runs):
+    for first, second in zip(told(runs / "one"), told(runs / "two"), strict=True):
+        (alone,), each = first["sample_ids"], second["sample_ids"]
+        assert len(each) == 2
+        assert all(each)
+        assert len(alone) == first["samples"] == len({*alone})
+        assert sorted(each[0] + each[1]) == sorted(alone)
 
 
 @pytest.mark.parametrize(("begun", "world"), [("one", 2), ("two", 1), ("two", 2)])
@@ -122,11 +131,3 @@ def test_compiled_layers_train_alike(tmp_path):
     plain, compiled = (told(tmp_path / name) for name in "01")
     # Kernels of its own.
     assert [r["loss"] for r in compiled] == pytest.approx([r["loss"] for r in plain], abs=1e-4)
-
-
-def test_what_one_process_alone_can_do_is_refused():
-    solo = stage(
-        "solo", {"projector.*": 1e-2}, synth("caption"), solo={"encoder": 0, "projector": {"kind": "linear"}}
-    )
-    with pytest.raises(RecipeError, match="stage solo is `solo`"):
-        check_divisible(recipe(stages=[solo]))

@@ -26,6 +26,7 @@ class ParallelSettings(Settings):
     reshard_after_forward: bool = True
     reduce: Literal["last", "every"] = "last"
     offload: Literal["cpu"] | None = None
+    experts: PositiveInt = 1
     timeout_s: PositiveFloat = 60.0
     patience_s: PositiveFloat = 1800.0
 
@@ -33,6 +34,8 @@ class ParallelSettings(Settings):
     def _kinds_differ(self) -> Self:
         if self.kind == "ddp" and (self.shard != "all" or self.offload is not None):
             raise ValueError("`ddp` divides nothing: remove `shard` and `offload`, or say `kind: fsdp`")
+        if self.experts > 1 and self.offload is not None:
+            raise ValueError("divided `experts` rest where they work: remove `offload`, or `experts`")
         if self.patience_s < self.timeout_s:
             raise ValueError("`patience_s` is less than `timeout_s`; raise it")
         return self

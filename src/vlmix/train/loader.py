@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -29,18 +29,24 @@ _AHEAD = 2  # steps that each worker prepares beforehand
 class StepData:
     """Everything one rank trains on in an optimizer step; micro-batches and ``pictured`` as in ``Prepared``.
 
-    The rest is of all ranks together: ``supervised_tokens``, which the loss is divided by; ``positions``,
-    which count padding too. ``wait_seconds`` is how long the loop waited.
+    The rest is of all ranks together: the ids of ``samples``, one sequence for each rank;
+    ``supervised_tokens``, which the loss is divided by; ``positions``, which count padding too.
+    ``wait_seconds`` is how long the loop waited.
     """
 
     micro_batches: tuple[Mapping[str, Tensor] | None, ...]
     pictured: tuple[bool, ...]
-    sample_ids: tuple[str, ...]
+    samples: tuple[Sequence[str], ...]
     quarantined: int
     tokens: int
     positions: int
     supervised_tokens: int
     wait_seconds: float
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """The samples of all ranks."""
+        return tuple(sample for samples in self.samples for sample in samples)
 
 
 class Loader:
@@ -92,7 +98,7 @@ class Loader:
         return StepData(
             micro_batches=prepared.micro_batches,
             pictured=prepared.pictured,
-            sample_ids=tuple(row.sample_id for row in told.rows if not row.reason),
+            samples=tuple(told.samples),
             quarantined=sum(bool(row.reason) for row in told.rows),
             tokens=told.tokens,
             positions=told.positions,

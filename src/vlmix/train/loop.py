@@ -31,10 +31,11 @@ from vlmix.train.expert_loads import expert_loads, is_told
 from vlmix.train.feature_cache import FeatureCache
 from vlmix.train.loader import Loader, StepData
 from vlmix.train.optim import rate_factor, set_rates
+from vlmix.train.parallel.counting import StepCounts
 from vlmix.train.parallel.idle import Idle
 from vlmix.train.parallel.pieces import local
 from vlmix.train.parallel.processes import Processes
-from vlmix.train.parallel.sharding import total_norm
+from vlmix.train.parallel.sharding import divided_alike, total_norm
 from vlmix.train.recipe import Stage
 from vlmix.train.records import Sink, StepRecord
 from vlmix.train.trainable import Selection, set_modes
@@ -108,7 +109,12 @@ class StageLoop:
             self._check_folder()
             for sink in self.sinks:
                 sink.step(record)
-            if after_step(step + 1):
+            try:
+                stop = after_step(step + 1)
+            except Exception:
+                self._check_folder()
+                raise
+            if stop:
                 return step + 1
         return self.steps
 
@@ -130,11 +136,14 @@ class StageLoop:
         rates = set_rates(self.optimizer, rate_factor(self.stage.schedule, step, self.steps))
         try:
             return self._update(step, data), rates
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
+                raise
             raise VlmixError(
                 f"stage {self.stage.name}, step {step + 1}: no memory left for {len(data.sample_ids)} "
-                f"samples ({', '.join(data.sample_ids[:8])}). The last checkpoint is intact; lower "
-                "micro_batch_size or batching.tokens, or set gradient_checkpointing, and start again"
+                f"samples ({', '.join(data.sample_ids[:8])}). What was saved is intact: set "
+                "gradient_checkpointing and continue with --resume; or lower micro_batch_size or "
+                "batching.tokens and start again"
             ) from error
 
     def _update(self, step: int, data: StepData) -> Outcome:
@@ -142,30 +151,39 @@ class StageLoop:
         self.optimizer.zero_grad(set_to_none=True)
         if data.supervised_tokens == 0:
             return Outcome(None, None)
-        counts = RoutingCounts() if expert_layers(self.model) else None
+        counts = StepCounts(processes=self.processes) if expert_layers(self.model) else None
         steps: list[tuple[Tensor, Tensor | None]] = []
         batches = self._rounds(data)
         for number, batch in enumerate(batches):
             self.processes.last_backward(self.model, number == len(batches) - 1)
+            if counts is not None and self.idle is not None:
+                counts.idle = data.micro_batches[number] is None
             steps.append(self._backward(batch, data.supervised_tokens, counts))
         losses, parts = [loss for loss, _ in steps], [part for _, part in steps if part is not None]
         loss = self.processes.sum(torch.stack(losses).sum())
         parameters = [p for p in self.selection.parameters.values() if p.grad is not None]
         self.processes.sum_undivided(parameters)
         norm = total_norm([p.grad for p in parameters if p.grad is not None])
-        balance = self.processes.sum(torch.stack(parts).sum()).item() if parts else None
+        balance = None if counts is None else self._balance(parts, loss)
         skipped = self.upkeep.reason_to_skip(
             step, loss.item(), norm.item(), data.sample_ids, lambda: self._explain(step, data, losses)
         )
         if skipped:
             return Outcome(finite(loss.item()), finite(norm.item()), balance, counts, skipped)
         if self.stage.clip is not None:
-            clip_grads_with_norm_(parameters, self.stage.clip, norm)
+            for alike in divided_alike(parameters):
+                clip_grads_with_norm_(alike, self.stage.clip, norm)
         self.optimizer.step()
         self.upkeep.updated()
         if counts is not None:
             rebalance(self.model, counts)
         return Outcome(loss.item(), norm.item(), balance, counts)
+
+    def _balance(self, parts: Sequence[Tensor], like: Tensor) -> float | None:
+        """The sum over all processes, of which some may have no part; ``None`` where none has."""
+        mine = torch.stack([like.new_zeros(()), *parts]).sum()
+        found = self.processes.sum(torch.stack([mine, mine.new_tensor(float(len(parts)))]))
+        return found[0].item() if found[1] else None
 
     def _rounds(self, data: StepData) -> list[Mapping[str, Any]]:
         """As many micro-batches as every process has."""
@@ -236,7 +254,15 @@ class StageLoop:
             balance=outcome.balance,
             skipped=outcome.skipped,
             experts=expert_loads(outcome.counts) if is_told(step + 1, self.steps) else None,
+            sample_ids=data.samples if self.stage.tell_samples else None,
         )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether it says so: kernels, libraries and the CPU's allocator report it in words of their own."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def first_non_finite(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from vlmix.core.files import storage_errors, write_bytes, write_text
 
-_SOMETIMES = frozenset(("balance", "experts", "reused", "skipped"))
+_SOMETIMES = frozenset(("balance", "experts", "reused", "sample_ids", "skipped"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class StepRecord:
     included; ``positions`` is what the decoder ran on, padding too. A model with experts adds ``balance``,
     the part of ``loss`` that balances them, and at times ``experts``: by layer, what ``expert_loads`` says.
     ``reused`` is the folder of the result that took the place of the whole stage, told as its last step.
-    ``skipped`` says why the step changed no weight.
+    ``skipped`` says why the step changed no weight. ``sample_ids`` are told where a stage asks for them: one
+    list for each process, of what it read.
     """
 
     stage: str
@@ -46,6 +47,7 @@ class StepRecord:
     experts: Mapping[str, Mapping[str, float]] | None = None
     reused: str | None = None
     skipped: str | None = None
+    sample_ids: Sequence[Sequence[str]] | None = None
 
 
 def reused_stage(stage: str, steps: int, global_step: int, folder: Path) -> StepRecord:
@@ -108,7 +110,8 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with storage_errors(self._path):  # what a full disk did not take is tried once more
+            self._file.close()
 
 
 class TensorBoard:
@@ -134,9 +137,10 @@ class TensorBoard:
         }
         for layer, figures in (record.experts or {}).items():
             values |= {f"experts/{name}/{layer}": figure for name, figure in figures.items()}
-        for tag, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(tag, value, record.global_step)
+        with storage_errors(self._folder):
+            for tag, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(tag, value, record.global_step)
 
     def sync(self) -> None:
         """Nothing: events may be lost."""
@@ -144,7 +148,8 @@ class TensorBoard:
     def close(self) -> None:
         """Write out what is pending, if there still is a folder to write to."""
         if self._folder.is_dir():
-            self._writer.close()
+            with storage_errors(self._folder):
+                self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -28,9 +28,10 @@ from vlmix.train.checkpoint import (
     versions,
 )
 from vlmix.train.data_sets import check_present
-from vlmix.train.dividing import build_divisible, check_divisible
+from vlmix.train.dividing import build_divisible
 from vlmix.train.finished import publish_model
 from vlmix.train.interrupt import StopRequest
+from vlmix.train.parallel.idle import idle_notes
 from vlmix.train.parallel.processes import Processes, joined
 from vlmix.train.recipe import Recipe
 from vlmix.train.recipe_file import differences, load_recipe, write_recipe
@@ -60,8 +61,6 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, console: Cons
     check_parts(recipe)
     check_present(recipe)
     with joined(recipe.parallel) as team, ExitStack() as stack:
-        if team.world > 1:
-            check_divisible(recipe)
         told = console if team.is_main else Console(quiet=True)
         with team.together(f"opening {out}"):
             if team.is_main:
@@ -71,6 +70,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, console: Cons
         with team.together("building the model"):
             setup = _set_up(recipe, out, found, team)
             stages = Stages.plan(recipe, out, setup, told, team)
+            for note in idle_notes(recipe.stages, team.world):
+                told.print(f"warning: {note}", markup=False, soft_wrap=True)
         with team.together(f"writing to {out}"):
             if found is None and team.is_main:
                 _write_down(recipe, setup, out)

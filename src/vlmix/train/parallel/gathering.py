@@ -52,18 +52,24 @@ def gather_model(
 
 
 def _write_files(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> Iterator[Path]:
-    """Files of about ``_FILE_BYTES`` with their index, or one, written by the first process."""
+    """Files of about ``_FILE_BYTES`` with their index, or one, written by the first process.
+
+    What fails there is raised at the end: until then the others wait for it to gather with them.
+    """
     files: list[list[str]] = []
+    problems: list[Exception] = []
     waiting: dict[str, Tensor] = {}
     waiting_bytes = total_bytes = 0
     for name, tensor in whole_tensors(tensors):
         size = tensor.numel() * tensor.element_size()
         if waiting_bytes and waiting_bytes + size > _FILE_BYTES:
-            files.append(_flush(folder, len(files), waiting, processes))
+            files.append(_flush(folder / str(len(files)), waiting, processes, problems))
             waiting_bytes = 0
         waiting[name] = tensor.cpu().contiguous() if processes.is_main else tensor.new_empty(0)
         waiting_bytes, total_bytes = waiting_bytes + size, total_bytes + size
-    files.append(_flush(folder, len(files), waiting, processes))
+    files.append(_flush(folder / str(len(files)), waiting, processes, problems))
+    if problems:
+        raise problems[0]
     if not processes.is_main:
         return
     names = [_file_name(number, len(files)) for number in range(len(files))]
@@ -76,10 +82,15 @@ def _write_files(folder: Path, tensors: Mapping[str, Tensor], processes: Process
         write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": placed})
 
 
-def _flush(folder: Path, number: int, waiting: dict[str, Tensor], processes: Processes) -> list[str]:
+def _flush(
+    path: Path, waiting: dict[str, Tensor], processes: Processes, problems: list[Exception]
+) -> list[str]:
     names = list(waiting)
-    if processes.is_main:
-        save_file(waiting, folder / str(number), {"format": "pt"})
+    if processes.is_main and not problems:
+        try:
+            save_file(waiting, path, {"format": "pt"})
+        except Exception as error:  # noqa: BLE001 - raised when nobody waits any more
+            problems.append(error)
     waiting.clear()
     return names
 

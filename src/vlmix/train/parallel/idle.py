@@ -5,7 +5,8 @@ Processes that divide one model gather its weights together, so all must run the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from vlmix.core.sample import ImageRef, Sample, Turn
 from vlmix.train.reading import IGNORED, SampleEncoder
+from vlmix.train.recipe import Stage
 
 _PIXELS = "pixel_values"
 
@@ -42,6 +44,19 @@ class Idle:
                 yield {**batch, **self._pictures, "unseen_pictures": True}
             else:
                 yield batch
+
+
+def idle_notes(stages: Iterable[Stage], world: int) -> Iterator[str]:
+    """Which stages have fewer micro-batches in a step than there are processes, by what they say alone."""
+    for stage in stages:
+        size = stage.micro_batch_size or stage.batch_size
+        count = math.ceil(stage.batch_size / size)
+        if stage.batching.tokens is None and count < world:
+            yield (
+                f"stage {stage.name}: {stage.batch_size} samples a step in micro-batches of {size} are "
+                f"{count} for {world} processes, so that some idle; set micro_batch_size to "
+                f"{max(1, stage.batch_size // world)} or less"
+            )
 
 
 def _unlearnt(encoder: SampleEncoder, parts: tuple[ImageRef | str, ...]) -> dict[str, Tensor]:

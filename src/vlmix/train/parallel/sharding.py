@@ -31,19 +31,25 @@ def shard(
 ) -> None:
     """Divide ``model`` over ``mesh``: every block of encoders and language model, then the rest as one.
 
-    ``undivided`` modules stay whole, and so do single numbers, which FSDP2 cannot divide.
+    ``undivided`` modules stay whole, and so do single numbers, which FSDP2 cannot divide; what is divided
+    already stays as it is.
     """
     kept = {id(part) for module in undivided for part in module.modules()}
     ignored = {parameter for module in undivided for parameter in module.parameters()}
     ignored |= {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for parameter in ignored:
         parameter.data = parameter.data.to(_place(parameter, mesh))
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": _policy(settings, precision)}
+    ignored |= {parameter for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": _policy(settings, precision),
+        "ignored_params": ignored,
+    }
     if settings.offload == "cpu":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     for module in (module for module in blocks(model) if id(module) not in kept):
         fully_shard(module, reshard_after_forward=settings.reshard_after_forward, **options)
-    fully_shard(model, ignored_params=ignored, **options)
+    fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the supervised tokens of all processes, so gradients add up.
@@ -64,9 +70,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if any(True for _ in module.parameters())]
 
 
-def whole_ones(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Those that every process holds whole."""
-    return [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+def divided_alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters by how they are divided: operations on many tensors at once take those of one division."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        found.setdefault(mesh, []).append(parameter)
+    return list(found.values())
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:

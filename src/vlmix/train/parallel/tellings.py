@@ -23,9 +23,10 @@ class ToldRow:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A step as it is counted."""
+    """A step as it is counted; ``samples`` are the ids that each process trains on, in their order."""
 
     rows: Sequence[ToldRow]
+    samples: Sequence[Sequence[str]]
     tokens: int
     positions: int
     supervised_tokens: int
@@ -34,7 +35,8 @@ class Told:
 def told_of(prepared: Prepared) -> Told:
     """What this process read."""
     rows = [ToldRow(r.row.source, r.row.row, r.line, r.sample_id, r.reason) for r in prepared.rows]
-    return Told(rows, prepared.tokens, prepared.positions, prepared.supervised_tokens)
+    samples = [tuple(row.sample_id for row in rows if not row.reason)]
+    return Told(rows, samples, prepared.tokens, prepared.positions, prepared.supervised_tokens)
 
 
 def everywhere(processes: Processes, mine: Told) -> Told:
@@ -44,6 +46,7 @@ def everywhere(processes: Processes, mine: Told) -> Told:
     found = [json.loads(text) for text in processes.gather(json.dumps(asdict(mine)))]
     return Told(
         [ToldRow(**row) for told in found for row in told["rows"]],
+        [tuple(ids) for told in found for ids in told["samples"]],
         sum(told["tokens"] for told in found),
         sum(told["positions"] for told in found),
         sum(told["supervised_tokens"] for told in found),
