@@ -41,6 +41,7 @@ def begun(name):
     torch.manual_seed(0)
     method, model = build(name), tiny.model("gpt_neox")
     method.reshape(model)
+    method.fill(model)
     select(model, method.train(TRAIN, model))
     set_modes(model)
     method.begin(model)

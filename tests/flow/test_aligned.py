@@ -12,6 +12,7 @@ from tests.runs import CONVNEXT, TINY, digest, recipe, stage, synth, told, train
 from vlmix.core.errors import CheckpointError, InterruptedRunError
 from vlmix.train.aligned import Start, give, take
 from vlmix.train.build import build
+from vlmix.train.parallel.processes import Processes
 from vlmix.train.solo import running
 
 pytestmark = pytest.mark.flow
@@ -176,13 +177,17 @@ def test_runs_that_end_at_once_leave_one_result_and_another_model_refuses_it(wor
     stage, setup = what.stages[0], build(what)
     ran = running(setup, stage, (0, 0))
     start = Start(key="k", tensors=dict.fromkeys(ran.model.state_dict(), ""))
-    assert take(tmp_path, start, stage, ran) is None
+    assert take(tmp_path, start, stage, ran, Processes()) is None
     whole = Start(key="k", tensors={n.replace("encoders.0", "encoder"): "" for n in start.tensors})
     with ThreadPoolExecutor(4) as runs:
-        given = [runs.submit(give, tmp_path, whole, stage, ran) for _ in range(8)]
-    assert {each.result() for each in given} == {tmp_path / "k"} == {take(tmp_path, whole, stage, ran)}
+        given = [runs.submit(give, tmp_path, whole, stage, ran, Processes()) for _ in range(8)]
+    assert (
+        {each.result() for each in given}
+        == {tmp_path / "k"}
+        == {take(tmp_path, whole, stage, ran, Processes())}
+    )
     assert kept(tmp_path) == ["k"]
     other = mixture(words, ["net"], align("net"))
     smaller = running(build(other), other.stages[0], (0, 0))
     with pytest.raises(CheckpointError, match="has no place in this model"):
-        take(tmp_path, whole, other.stages[0], smaller)
+        take(tmp_path, whole, other.stages[0], smaller, Processes())

@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs import TINY, digest, recipe, stage, synth, told, train
+from tests.runs import CONVNEXT, LANGUAGE, TINY, digest, recipe, stage, synth, told, train
 from vlmix.core.errors import InterruptedRunError, PlanError, RecipeError
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train import stages
+from vlmix.train.build import recipe_config
 from vlmix.train.continual import CONTINUAL
+from vlmix.train.costs import stage_costs
 
 pytestmark = pytest.mark.flow
 WORDS = {"projector.*": 1e-2, "language_model.*": 1e-2}
@@ -139,3 +141,47 @@ def test_a_method_without_tasks_or_beside_other_adapters_is_refused(tmp_path):
         train(tasks({"kind": "lora"}, model=adapted), tmp_path / "run")
     with pytest.raises(RecipeError, match=r"continual\.alpha"):
         train(tasks({"kind": "soft_targets", "alpha": 2}), tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["soft_targets", "lwf"])
+def test_packed_rows_teach_what_padded_ones_do(kind, tmp_path):
+    """Nothing random in the model; a teacher answers each conversation of a packed row by itself."""
+    still = {
+        **TINY["model"],
+        "encoders": [TINY["model"]["encoders"][0], {**CONVNEXT, "drop_path": 0.0}],
+        "language_model": {**LANGUAGE, "attention_dropout": 0.0},
+    }
+    ways = {"padded": {"micro_batch_size": 2}, "packed": {"batching": {"pack": True, "tokens": 128}}}
+    for name, more in ways.items():
+        # The usual eps would make a full step of the rounding in gradients near 0.
+        given = {"batch_size": 6, "optimizer": {"eps": 1e-3}, **more}
+        one = {**stage("first", WORDS, synth("caption"), synth("colour"), **given), "task": "first"}
+        train(recipe(model=still, stages=[one], continual=of(kind)), tmp_path / name)
+    padded, packed = (told(tmp_path / name) for name in ways)
+    assert all(row["positions"] == row["tokens"] for row in packed)
+    assert sum(row["positions"] for row in padded) > sum(row["tokens"] for row in padded)
+    for key in ("loss", "grad_norm"):
+        # float32 sums in another order; through two updates at a rate of 1e-2.
+        assert [row[key] for row in packed] == pytest.approx([row[key] for row in padded], rel=1e-5)
+
+
+def test_a_plan_counts_rows_that_come_again_and_what_a_method_keeps():
+    epochs = {"steps": None, "epochs": 1}
+    stages = [TINY["stages"][0], {**FIRST, **epochs}, {**SECOND, **epochs}]
+
+    def costs(**method):
+        what = recipe(stages=stages, continual=method)
+        return stage_costs(what, recipe_config(what), images=1, text_tokens=8)
+
+    plain, again = costs(kind="naive"), costs(kind="rehearsal", share=0.2)
+    assert [cost.steps for cost in plain] == [3, 5, 7]
+    assert [cost.steps for cost in again] == [3, 5, 8]  # 6 and 20 rows, and four of the first task's
+    assert again[2].notes == ("4 rows come again of colours",)
+    assert costs(kind="replay_buffer", size=5)[2].notes == ("5 rows come again of buffer",)
+    taught = costs(kind="lwf")
+    assert [cost.method_bytes for cost in taught] == [0, *(4 * cost.trainable for cost in plain[1:])]
+    assert taught[0].flops_per_sample == plain[0].flops_per_sample
+    assert 1.2 < taught[1].flops_per_sample / plain[1].flops_per_sample < 1.6  # one more forward pass
+    lora = costs(kind="msgm", soft_targets={"spread": "teacher"})
+    assert lora[1].method_bytes == 4 * lora[1].trainable < taught[1].method_bytes
+    assert costs(kind="ewc")[1].method_bytes == 2 * taught[1].method_bytes

@@ -11,14 +11,12 @@ from tests import tiny
 from vlmix.core.adapters import AdapterSettings
 from vlmix.core.errors import PlanError, RecipeError
 from vlmix.core.interfaces import Source
-from vlmix.core.parts import read_part
 from vlmix.models.adapters import AdaptedLinear, add_adapters
 from vlmix.models.modeling import VlmixOutput
-from vlmix.train.continual import CONTINUAL
 from vlmix.train.continual._base import Memory, Past, Seen, trained
 from vlmix.train.continual._fisher import fisher_diagonal, own_text
 from vlmix.train.continual._memory import Chosen, random_rows, reservoir
-from vlmix.train.continual._tasks import Tasks, mixed_weights
+from vlmix.train.continual._tasks import mixed_weights
 from vlmix.train.continual.ewc import Ewc, EwcSettings
 from vlmix.train.continual.lora import Lora, LoraSettings
 from vlmix.train.continual.lwf import distillation
@@ -26,6 +24,7 @@ from vlmix.train.continual.rehearsal import Rehearsal, RehearsalSettings
 from vlmix.train.continual.replay_buffer import ReplayBuffer, ReplayBufferSettings
 from vlmix.train.continual.soft_targets import taught_loss, uniform_loss
 from vlmix.train.order import RowId
+from vlmix.train.parallel.processes import Processes
 from vlmix.train.trainable import select
 
 BATCH = {"input_ids": torch.arange(4, 20).view(2, 8), "labels": torch.arange(4, 20).view(2, 8)}
@@ -148,12 +147,12 @@ def test_a_quadratic_is_pulled_back_where_it_was_curved(mode, pull):
 
 def test_the_language_comes_first_and_is_measured_on_its_own_text():
     model = tiny.model()
-    texts = list(own_text(model, samples=3, tokens=5, seed=1))
+    texts = list(own_text(model, Processes(), samples=3, tokens=5, seed=1))
     assert [text["input_ids"].shape for text in texts] == [(1, 6)] * 3
     assert all(
         (text["input_ids"] < tiny.PLACEHOLDER).all() and text["labels"][0, 0] == -100 for text in texts
     )
-    again = own_text(model, samples=3, tokens=5, seed=1)
+    again = own_text(model, Processes(), samples=3, tokens=5, seed=1)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(texts, again, strict=True))
     select(model, {"language_model.*": 1e-3, "projector.*": 1e-3})
     method = Ewc(EwcSettings.tiny())
@@ -204,6 +203,22 @@ def test_a_merged_model_answers_as_before_and_is_one_without_adapters():
     assert not model.config.adapters
     method.reshape(model)
     assert_close(model(input_ids=BATCH["input_ids"]).logits, before, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_in_16_bits_rounds_once():
+    method = lora()
+    model, layers = adapted(method)
+    model.to(torch.bfloat16)
+    expected = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            pairs = layer.lora_B["adapter_0"].weight, layer.lora_A["adapter_0"].weight
+            pairs[0].normal_(std=0.1)
+            product = layer.scaling["adapter_0"] * (pairs[0].float() @ pairs[1].float())
+            expected[name] = (layer.get_base_layer().weight.float() + product).bfloat16()
+    method.end(model, iter(()))
+    for name, weight in expected.items():
+        assert torch.equal(model.get_submodule(name).weight, weight)
 
 
 @pytest.mark.parametrize(
@@ -295,20 +310,6 @@ def test_a_reservoir_holds_every_row_equally_often():
             counts[row] += task + 1
     # Binomial with 600 draws at 1/6: mean 100, deviation 9; 30 rows stay within four of them.
     assert (counts - 100).abs().max() < 37
-
-
-def test_what_a_divided_model_cannot_do_is_refused():
-    def tasks(**raw):
-        return Tasks(CONTINUAL.get(raw["kind"])(read_part(CONTINUAL, raw)), 0)
-
-    for kind in ("naive", "rehearsal", "replay_buffer", "soft_targets"):
-        tasks(kind=kind).check(2)
-    for kind in ("lora", "ewc", "lwf", "msgm", "msgm_rehearsal"):
-        tasks(kind=kind).check(1)
-        with pytest.raises(PlanError, match="divided among 2 processes"):
-            tasks(kind=kind).check(2)
-    with pytest.raises(PlanError, match="frozen copy of the model and merges"):
-        tasks(kind="msgm", soft_targets={"spread": "teacher"}).check(2)
 
 
 def test_memories_have_their_share_of_the_draws():

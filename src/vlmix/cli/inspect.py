@@ -136,8 +136,11 @@ def _stage_table(stages: list[StageCost]) -> Table:
         "weights": lambda s: memory(s.weight_bytes),
         "gradients": lambda s: memory(s.gradient_bytes),
         "optimizer": lambda s: memory(s.optimizer_bytes),
+        "continual method": lambda s: memory(s.method_bytes),
         "activations, a micro-batch": lambda s: memory(s.activation_bytes),
     }
+    if not any(stage.method_bytes for stage in stages):
+        del rows["continual method"]
     for label, show in rows.items():
         table.add_row(label, *(show(stage) for stage in stages))
     return table

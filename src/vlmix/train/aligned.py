@@ -12,13 +12,14 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmix.core.errors import CheckpointError
@@ -28,20 +29,24 @@ from vlmix.models.adapters import AdaptedLinear
 from vlmix.models.processing import VlmixProcessor
 from vlmix.moe.install import expert_layers
 from vlmix.train.build import stage_processor
-from vlmix.train.checkpoint import unique_tensors, versions
+from vlmix.train.checkpoint import unique_tensors
 from vlmix.train.order import DataOrder
+from vlmix.train.parallel.pieces import Stored
+from vlmix.train.parallel.processes import Processes
+from vlmix.train.parallel.sharding import whole_tensors
 from vlmix.train.recipe import Stage
 from vlmix.train.solo import Running
 from vlmix.train.trainable import Selection
 
 SCHEMA = "vlmix.aligned/1"
+_LIBRARIES = ("vlmix", "torch", "transformers", "timm")
 FOLDER = ".aligned"  # beside a run's own folder, unless the recipe names another
-_NOTES = "aligned.json"
+_NOTES, _TENSORS = "aligned.json", "tensors"
 _PROJECTOR = "model.projector."
 # What a stage says that changes none of its numbers, or is seen in the weights it starts from.
 _FREE: Final = {
     *("name", "train", "layer_decay", "solo", "before", "start_from", "publish", "max_bad"),
-    *("save_every_steps", "cache_features", "workers", "worker_timeout"),
+    *("save_every_steps", "cache_features", "workers", "worker_timeout", "tell_samples"),
 }
 
 
@@ -54,29 +59,36 @@ class Start(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What solo stages of the run in ``out`` take from the folder ``root``, and leave there."""
+    """What solo stages of the run in ``out`` take from the folder ``root``, and leave there.
+
+    All processes of the run must ask; the first reads notes and writes.
+    """
 
     root: Path
     out: Path
     console: Console
+    team: Processes = field(default_factory=Processes)
 
-    def begin(self, stage: Stage, ran: Running, selection: Selection, order: DataOrder) -> Path | None:
+    def begin(
+        self, stage: Stage, ran: Running, selection: Selection, order: DataOrder, *, looks_ahead: bool
+    ) -> Path | None:
         """Take the stage's result if there is one; otherwise note what it starts from, for its end.
 
-        A result that is damaged is said to be so, and computed again.
+        Encoders that look ahead of the model see batches of another size, which shows in last bits. A result
+        that is damaged is said to be so, and computed again.
         """
-        if stage.solo is None or not stage.solo.reuse or stage.task or _divided():
+        if stage.solo is None or not stage.solo.reuse or stage.task:
             return None
-        start, folder = start_of(stage, ran, selection, order), None
+        start, folder = start_of(stage, ran, selection, order, self.team, looks_ahead=looks_ahead), None
         try:
-            folder = take(self.root, start, stage, ran)
+            folder = take(self.root, start, stage, ran, self.team)
         except CheckpointError as error:
             self.console.print(f"{error}; it is computed again", markup=False, soft_wrap=True)
-        if folder is None:
-            write_json(self.out / _NOTES, {**self._notes(), stage.name: start.model_dump()})
-        else:
+        if folder is not None:
             said = f"stage {stage.name}: not trained; its result was there already: {folder}"
             self.console.print(said, markup=False, soft_wrap=True)
+        elif self.team.is_main:
+            write_json(self.out / _NOTES, {**self._notes(), stage.name: start.model_dump()})
         return folder
 
     def end(self, stage: Stage, ran: Running) -> None:
@@ -86,37 +98,52 @@ class Results:
             DiskFullError: if there is no room; what was kept before is intact.
 
         """
-        if (noted := self._notes().get(stage.name)) is not None:
-            start = read_settings(Start, noted, _NOTES)
-            self.console.print(f"kept    {give(self.root, start, stage, ran)}", markup=False, soft_wrap=True)
+        noted = self._notes().get(stage.name) if self.team.is_main else None
+        told = json.loads(self.team.share(json.dumps(noted)))
+        if told is not None:
+            folder = give(self.root, read_settings(Start, told, _NOTES), stage, ran, self.team)
+            self.console.print(f"kept    {folder}", markup=False, soft_wrap=True)
 
     def _notes(self) -> dict[str, Any]:
         return read_json(self.out / _NOTES) if (self.out / _NOTES).is_file() else {}
 
 
-def start_of(stage: Stage, ran: Running, selection: Selection, order: DataOrder) -> Start:
+def start_of(
+    stage: Stage,
+    ran: Running,
+    selection: Selection,
+    order: DataOrder,
+    team: Processes,
+    *,
+    looks_ahead: bool,
+) -> Start:
     """What ``stage`` depends on, asked before its first step.
 
-    Names are those of a model with this one encoder: its number in the whole model is not told.
+    Names are those of a model with this one encoder: its number in the whole model is not told. Several
+    processes sum in another order and draw from streams of their own, so their number counts.
     """
-    tensors = {name: _digest(tensor) for name, tensor in _tensors(stage, ran).items()}
-    inputs = {
-        "schema": SCHEMA,
-        "tensors": tensors,
-        "trains": _trains(stage, selection),
-        "model": _model(stage, ran),
-        "processor": _processor(stage_processor(ran.processor, stage)),
-        "stage": stage.model_dump(mode="json", exclude=_FREE),
-        "files": {name: _contents(Path(name)) for name in _named(stage)},
-        "order": order.fingerprint,
-        "device": ran.model.device.type,
-        "versions": {name: versions()[name] for name in ("vlmix", "torch", "transformers")},
-    }
-    told = json.dumps(inputs, sort_keys=True, default=str)
-    return Start(key=hashlib.sha256(told.encode()).hexdigest(), tensors=tensors)
+    tensors = {name: _digest(each) if team.is_main else "" for name, each in _gathered(stage, ran)}
+    key = ""
+    if team.is_main:
+        inputs = {
+            "schema": SCHEMA,
+            "tensors": tensors,
+            "trains": _trains(stage, selection),
+            "model": _model(stage, ran),
+            "processor": _processor(stage_processor(ran.processor, stage)),
+            "stage": stage.model_dump(mode="json", exclude=_FREE),
+            "files": {name: _contents(Path(name)) for name in _named(stage)},
+            "order": order.fingerprint,
+            "device": (team.device if team.world > 1 else ran.model.device).type,
+            "processes": _division(team),
+            "looks_ahead": looks_ahead,
+            "versions": {name: version(name) for name in _LIBRARIES},
+        }
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+    return Start(key=team.share(key), tensors=tensors)
 
 
-def take(root: Path, start: Start, stage: Stage, ran: Running) -> Path | None:
+def take(root: Path, start: Start, stage: Stage, ran: Running, team: Processes) -> Path | None:
     """Put the result kept under ``root`` into the model and return its folder; ``None`` if there is none.
 
     Raises:
@@ -124,20 +151,22 @@ def take(root: Path, start: Start, stage: Stage, ran: Running) -> Path | None:
 
     """
     folder = root / start.key
-    if not folder.is_dir():
+    if not team.any(team.is_main and folder.is_dir()):
         return None
-    verify_manifest(folder, SCHEMA)
-    stored, ours = load_file(folder / "tensors.safetensors"), _tensors(stage, ran)
-    for name, tensor in stored.items():
-        if name not in ours or (ours[name].shape, ours[name].dtype) != (tensor.shape, tensor.dtype):
-            raise CheckpointError(f"{folder}: {name} has no place in this model")
-    with torch.no_grad():
-        for name, tensor in stored.items():
-            ours[name].copy_(tensor)
+    with team.together(f"reading {folder}"):
+        if team.is_main:
+            verify_manifest(folder, SCHEMA)
+        stored, ours = Stored(folder, _TENSORS), _tensors(stage, ran)
+        for name in sorted(stored.names):
+            found = (stored.shape(name), stored.dtype(name))
+            if name not in ours or (tuple(ours[name].shape), ours[name].dtype) != found:
+                raise CheckpointError(f"{folder}: {name} has no place in this model")
+    for name in sorted(stored.names):
+        stored.fill(name, ours[name])
     return folder
 
 
-def give(root: Path, start: Start, stage: Stage, ran: Running) -> Path:
+def give(root: Path, start: Start, stage: Stage, ran: Running, team: Processes) -> Path:
     """Keep under ``root`` every tensor that the stage changed, its own projector left out.
 
     Of two runs that end at once the later one counts; both computed the same.
@@ -147,19 +176,38 @@ def give(root: Path, start: Start, stage: Stage, ran: Running) -> Path:
 
     """
     changed = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in _tensors(stage, ran).items()
-        if not name.startswith(_PROJECTOR) and _digest(tensor) != start.tensors[name]
+        name: tensor.cpu().contiguous()
+        for name, tensor in _gathered(stage, ran)
+        if team.is_main and not name.startswith(_PROJECTOR) and _digest(tensor) != start.tensors[name]
     }
     folder = root / start.key
+    with team.together(f"keeping {folder}"):
+        if team.is_main:
+            _keep(folder, changed, {"stage": stage.name, **start.model_dump()})
+    return folder
+
+
+def _keep(folder: Path, changed: Mapping[str, Tensor], start: Mapping[str, Any]) -> None:
     try:
         with publish(folder) as new:
-            save_file(changed, new / "tensors.safetensors")
-            write_json(new / "start.json", {"stage": stage.name, **start.model_dump()})
+            save_file(dict(changed), new / f"{_TENSORS}.safetensors")
+            write_json(new / "start.json", start)
             write_manifest(new, SCHEMA)
     except OSError:
         verify_manifest(folder, SCHEMA)  # another run came first, between looking and renaming
-    return folder
+
+
+def _gathered(stage: Stage, ran: Running) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by name, each whole on every process in turn."""
+    return whole_tensors(_tensors(stage, ran))
+
+
+def _division(team: Processes) -> list[Any] | None:
+    """What of several processes changes a result."""
+    if team.world == 1:
+        return None
+    settings = team.settings
+    return [team.world, settings.kind, settings.shard, settings.reduce]
 
 
 def _tensors(stage: Stage, ran: Running) -> dict[str, Tensor]:
@@ -237,8 +285,3 @@ def _contents(path: Path) -> object:
     if path.is_file():
         return sha256(path)
     return sorted([item.name, item.stat().st_size if item.is_file() else 0] for item in path.iterdir())
-
-
-def _divided() -> bool:
-    """Whether several processes train together: none of them has every tensor whole."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

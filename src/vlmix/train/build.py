@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -36,6 +35,7 @@ from vlmix.models.rendering import IMAGE, prompt_text, render
 from vlmix.models.templates import load_template
 from vlmix.models.tokenization import CONTROL_TOKENS, prepare_tokenizer, train_tokenizer
 from vlmix.train.optim import check_learning
+from vlmix.train.published import Published, draw_others, fill_decoder
 from vlmix.train.recipe import ModelSettings, Recipe, Stage, TokenizerTraining
 from vlmix.train.recipe_file import parts_of
 from vlmix.train.transforms import TRANSFORMS
@@ -49,10 +49,14 @@ SETUP_SCHEMA = "vlmix.setup/1"
 
 @dataclass(slots=True)
 class Setup:
-    """A model with its processor; several processes exchange the model when a stage begins."""
+    """A model with its processor; several processes exchange the model when a stage begins.
+
+    Where the decoder has shapes alone, ``published`` is what each process reads its share of.
+    """
 
     model: VlmixForConditionalGeneration
     processor: VlmixProcessor
+    published: Published | None = None
 
 
 def check_parts(recipe: Recipe) -> None:
@@ -68,28 +72,48 @@ def check_parts(recipe: Recipe) -> None:
         check_learning(stage, f"stages.{index}")
 
 
-def build(recipe: Recipe) -> Setup:
+def build(recipe: Recipe, *, decoder_by_slices: bool = False) -> Setup:
     """Make tokenizer, processor and model as the recipe says, weights included.
+
+    With ``decoder_by_slices`` a decoder has shapes alone where its published weights can be read by slices.
 
     Raises:
         RecipeError: if the tokenizer and the language model do not fit together.
         PlanError: if the parts do not.
+        CheckpointError: if published weights cannot be read, or do not fit.
 
     """
     processor, config = build_processor(recipe)
     # Last of all: experts take the place of trained networks, and 4 bits that of loaded weights.
     config.adapters = None
-    model = new_model(config, processor, recipe.seed)
+    weights = recipe.model.language_model.get("weights")
+    if weights is None:
+        setup = Setup(new_model(config, processor, recipe.seed), processor)
+    else:
+        setup = _with_published(config, processor, weights, recipe.seed)
+    model = setup.model
     for index, encoder in enumerate(recipe.model.encoders):
         if "weights" in encoder:
             load_encoder(model, index, encoder["weights"])
-    if "weights" in recipe.model.language_model:
-        _load_language_model(model, recipe.model.language_model["weights"])
+    if setup.published is not None:
+        decoder, rest = model.model.language_model, recipe.model.experts or recipe.model.adapters
+        if not decoder_by_slices or rest or setup.published.by_slices(decoder) is None:
+            with _readable("language_model", setup.published.weights):
+                fill_decoder(model, setup.published)
+            setup.published = None
     for settings in recipe.model.experts:
         upcycle_model(model, settings)
     if recipe.model.adapters:
         add_adapters(model, recipe.model.adapters)
-    return Setup(model, processor)
+    return setup
+
+
+def _with_published(config: VlmixConfig, processor: VlmixProcessor, weights: str, seed: int) -> Setup:
+    """A model drawn from ``seed`` but for its decoder, which has shapes alone."""
+    model = new_model(config, processor, None)
+    draw_others(model, seed)
+    rows = _published(weights).vocab_size
+    return Setup(model, processor, Published.of(weights, model.model.language_model, rows))
 
 
 def recipe_config(recipe: Recipe) -> VlmixConfig:
@@ -316,22 +340,3 @@ def _readable(part: str, weights: str) -> Generator[None]:
             f"{part}.weights {weights!r} cannot be read: {error} Give a folder that holds them, or a hub id "
             "this machine can reach."
         ) from error
-
-
-def _load_language_model(model: VlmixForConditionalGeneration, weights: str) -> None:
-    """Published weights for the decoder, with rows added where the tokenizer grew.
-
-    Raises:
-        CheckpointError: if the weights do not fit.
-
-    """
-    with _readable("language_model", weights):
-        theirs = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, use_safetensors=True)
-    rows = model.config.language.vocab_size
-    if theirs.config.get_text_config().vocab_size < rows:
-        theirs.resize_token_embeddings(rows, mean_resizing=False)
-    language_model = model.model.language_model
-    try:
-        language_model.load_state_dict(theirs.state_dict())
-    except RuntimeError as error:
-        raise CheckpointError(f"language_model.weights {weights!r} do not fit: {error}") from None

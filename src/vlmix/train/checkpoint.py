@@ -150,12 +150,6 @@ def read_state(folder: Path) -> RunState:
     return read_settings(RunState, read_json(folder / "state.json"))
 
 
-def newest_unchecked(root: Path) -> Path | None:
-    """The newest checkpoint of a run that goes on, whose files this run wrote or checked."""
-    found = _candidates(root)
-    return found[0][0] if found else None
-
-
 def load_weights(folder: Path, model: nn.Module, *, converted: bool = False) -> None:
     """Copy a checkpoint's weights into ``model``, of which each process reads its own.
 

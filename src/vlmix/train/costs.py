@@ -20,6 +20,7 @@ from vlmix.train.optimizers import OPTIMIZERS
 from vlmix.train.recipe import Recipe, Stage
 from vlmix.train.solo import select_for, solo_model
 from vlmix.train.stages import stage_order
+from vlmix.train.starting import check_starts
 from vlmix.train.structure import reshape
 
 _FLOAT32 = 4
@@ -29,7 +30,9 @@ _FLOAT32 = 4
 class StageCost:
     """One stage. Bytes are for one process; ``steps`` is ``None`` where nothing tells the number of rows.
 
-    ``notes`` say which data is absent, or has another number of rows than published.
+    ``notes`` say which data is absent, or has another number of rows than published, and how many rows of
+    earlier tasks come again. ``method_bytes`` is what a continual method keeps beside the model: a teacher's
+    weights, what others are held near to. A teacher's forward pass counts in the FLOPs.
 
     Weights, gradients and the optimizer's two moments are float32, as vlmix trains them (with Muon, which
     keeps one moment of a matrix, it is less; with 8 bits, a little more for what keeps 32), and averages of
@@ -48,6 +51,7 @@ class StageCost:
     optimizer_bytes: int
     activation_bytes: int
     notes: tuple[str, ...] = ()
+    method_bytes: int = 0
 
     @property
     def flops(self) -> int | None:
@@ -62,14 +66,17 @@ def stage_costs(recipe: Recipe, config: VlmixConfig, *, images: int, text_tokens
         RecipeError: if a glob matches no parameter.
         PlanError: if a solo stage's projector does not fit its encoder, or adapters are where a stage puts
             experts.
+        CheckpointError: if a run that a stage starts from has other experts.
 
     """
+    check_starts(recipe)
     tasks, costs = Tasks.of(recipe), list[StageCost]()
     for index, stage in enumerate(recipe.stages):
         model = _in_stage(recipe, index, config)
         tasks.reshape(stage, model)
         cast("nn.Module", model).to(model.dtype)
-        costs.append(_cost(tasks.meant(stage, model), _steps(recipe, index), model, images, text_tokens))
+        steps = _steps(recipe, index, tasks)
+        costs.append(_cost(tasks.meant(stage, model), steps, model, images, text_tokens, tasks))
     return costs
 
 
@@ -91,15 +98,25 @@ class _Steps:
     notes: tuple[str, ...]
 
 
-def _steps(recipe: Recipe, index: int) -> _Steps:
+def _steps(recipe: Recipe, index: int, tasks: Tasks) -> _Steps:
     stage = recipe.stages[index]
     sizes, notes = planned_sizes(stage)
-    steps = stage.steps if sizes is None else stage_order(recipe, index, sizes).steps
-    return _Steps(steps, tuple(notes))
+    if sizes is None:
+        return _Steps(stage.steps, tuple(notes))
+    memories = tasks.memories(stage)
+    order = stage_order(recipe, index, sizes, memories)
+    tasks.counted(stage, sizes, order)
+    again = (f"{len(memory.source):,} rows come again of {memory.name}" for memory in memories)
+    return _Steps(order.steps, (*notes, *again))
 
 
 def _cost(
-    stage: Stage, steps: _Steps, whole: VlmixForConditionalGeneration, images: int, text_tokens: int
+    stage: Stage,
+    steps: _Steps,
+    whole: VlmixForConditionalGeneration,
+    images: int,
+    text_tokens: int,
+    tasks: Tasks,
 ) -> StageCost:
     model, (in_4_bits, packed_bytes) = whole, quantised_numbers(whole)
     weights = parameter_count(whole) - in_4_bits
@@ -114,6 +131,9 @@ def _cost(
     activations = training_bytes(model, rows=rows, images=images, text_tokens=text_tokens)
     with flop_counter() as counter:
         forward_loss(model, rows=1, images=images, text_tokens=text_tokens).backward()
+        if stage.task and tasks.method.asks_teacher:
+            with torch.no_grad():
+                forward_loss(model, rows=1, images=images, text_tokens=text_tokens)
     trainable = _trainable(model)
     return StageCost(
         name=stage.name,
@@ -127,6 +147,7 @@ def _cost(
         optimizer_bytes=trainable * _bytes_per_number(stage),
         activation_bytes=activations,
         notes=steps.notes,
+        method_bytes=tasks.method.remembered(model) * _FLOAT32 if stage.task else 0,
     )
 
 

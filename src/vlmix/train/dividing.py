@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlmix.core.errors import CheckpointError, RecipeError
 from vlmix.models.configuration import VlmixConfig
+from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.build import Setup, build, build_processor, load_setup, new_model
-from vlmix.train.checkpoint import CHECKPOINTS, SETUP, load_weights, newest_unchecked
+from vlmix.train.checkpoint import SETUP, load_weights
+from vlmix.train.handing_on import hand_on, load_folder
 from vlmix.train.parallel.memory import compute_buffers, give_memory
 from vlmix.train.parallel.processes import Processes
 from vlmix.train.recipe import Recipe, Stage
@@ -20,36 +21,30 @@ from vlmix.train.solo import Running, select_for
 from vlmix.train.structure import reshape
 
 
-def check_divisible(recipe: Recipe) -> None:
-    """Refuse what only one process can do.
-
-    Raises:
-        RecipeError: naming it.
-
-    """
-    alone = [f"stage {stage.name} is `solo`" for stage in recipe.stages if stage.solo is not None]
-    alone += ["it is `continual`"] if recipe.continual is not None else []
-    if alone:
-        raise RecipeError(f"{alone[0]}, which only one process can run: start it without torchrun")
-
-
 def build_divisible(recipe: Recipe) -> Setup:
-    """``build``, with shapes alone where the first stage takes all weights from a folder by slices."""
+    """``build``, with shapes alone where weights are taken from a folder by slices.
+
+    Those are all where the first stage starts from a folder, and else the decoder's.
+    """
     processor, config = build_processor(recipe)
     if recipe.model.experts or recipe.model.adapters or not _starts_by_slices(recipe.stages[0], config):
-        return build(recipe)
+        first = recipe.stages[0]
+        return build(recipe, decoder_by_slices=not first.before and first.start_from == "previous")
     return Setup(new_model(config, processor, None), processor)
 
 
-def renew(setup: Setup, stages: Sequence[Stage], out: Path, team: Processes) -> None:
+def renew(
+    setup: Setup, stages: Sequence[Stage], out: Path, team: Processes
+) -> VlmixForConditionalGeneration | None:
     """On several processes, an undivided model for the last of ``stages``, as it is before that stage.
 
-    Its weights are those of the newest checkpoint where the stage changes them, and still to be read where
-    each process may read its own share. Random numbers go on as if nothing had happened.
+    Returns the model that was trained so far. Its weights are in the new one already where the stage changes
+    them, and otherwise still to be handed on by ``divide``. Random numbers go on as if nothing had happened.
     """
     *before, stage = stages
     if not before or team.world == 1:
-        return
+        return None
+    trained = setup.model
     with torch.random.fork_rng():
         setup.model = load_setup(out / SETUP, None).model
         for earlier in before:
@@ -57,8 +52,9 @@ def renew(setup: Setup, stages: Sequence[Stage], out: Path, team: Processes) -> 
         config = setup.model.config
         if stage.before or (stage.start_from != "previous" and not _starts_by_slices(stage, config)):
             give_memory(setup.model, torch.device("cpu"))
-            load_weights(_newest(out), setup.model)
+            hand_on(trained, setup.model)
             compute_buffers(setup.model)
+    return trained
 
 
 @contextmanager
@@ -77,11 +73,17 @@ def same_draws(team: Processes) -> Generator[None]:
 
 
 def divide(
-    setup: Setup, stage: Stage, ran: Running, team: Processes, source: Path, *, looks_ahead: bool
+    setup: Setup,
+    stage: Stage,
+    ran: Running,
+    team: Processes,
+    source: VlmixForConditionalGeneration | Path | None,
+    *,
+    looks_ahead: bool,
 ) -> None:
-    """Give each process its share of the model; what has shapes alone is read from ``source``.
+    """Give each process its share of the model; what has shapes alone is filled from ``source``.
 
-    ``source`` is a checkpoint, or a run's folder for its newest one or what the stage starts from.
+    That is a checkpoint of the stage, or the model trained so far, unless the stage starts from a folder.
     Encoders that look ahead of the model, without the others' help, stay whole.
     """
     if team.world == 1:
@@ -92,18 +94,20 @@ def divide(
     if not has_shapes_alone(setup.model):
         return
     give_memory(ran.kept, team.device, team.memory)
-    if (source / "state.json").is_file():
+    if isinstance(source, Path):
         load_weights(source, ran.kept)
     elif stage.start_from != "previous":
-        load_weights(Path(stage.start_from), ran.kept, converted=True)
-    else:
-        load_weights(_newest(source), ran.kept)
+        load_folder(Path(stage.start_from), setup.model)
+    elif source is not None:
+        hand_on(source, setup.model)
+    elif setup.published is not None:
+        setup.published.fill(setup.model.model.language_model)
     compute_buffers(setup.model)
 
 
 def has_shapes_alone(model: nn.Module) -> bool:
-    """Whether no process has its weights yet."""
-    return next(model.parameters()).is_meta
+    """Whether no process has its weights yet, or not those of the decoder."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _starts_by_slices(stage: Stage, config: VlmixConfig) -> bool:
@@ -113,11 +117,3 @@ def _starts_by_slices(stage: Stage, config: VlmixConfig) -> bool:
         return False
     theirs = VlmixConfig.from_pretrained(folder, local_files_only=True)
     return theirs.adapters == config.adapters and theirs.experts == config.experts
-
-
-def _newest(out: Path) -> Path:
-    """The checkpoint that this run wrote last; it was checked when it was found or written."""
-    found = newest_unchecked(out / CHECKPOINTS)
-    if found is None:
-        raise CheckpointError(f"{out} has no checkpoint although a stage has ended: go on with --resume")
-    return found

@@ -50,9 +50,9 @@ def stage_seed(recipe: Recipe, index: int) -> tuple[int, int]:
     return recipe.seed, index if recipe.stages[index].solo is None else _ALONE
 
 
-def draw_from(seed: tuple[int, int]) -> None:
-    """Let torch's own generators start anew from ``seed``."""
-    torch.manual_seed(_number(seed))
+def draw_from(seed: tuple[int, int], rank: int) -> None:
+    """Let torch's own generators start anew from ``seed``; each process has a stream of its own."""
+    torch.manual_seed(_number(seed if rank == 0 else (*seed, rank)))
 
 
 def running(setup: Setup, stage: Stage, seed: tuple[int, int]) -> Running:
@@ -73,7 +73,8 @@ def running(setup: Setup, stage: Stage, seed: tuple[int, int]) -> Running:
         inner.projector = PROJECTORS.get(settings.kind)(settings, plan.fused, config.width).float()
         named = {f"projector.{name}": value for name, value in inner.projector.named_parameters()}
         redraw(model, named, f"stage {stage.name}: solo.projector")
-    inner.projector.to(setup.model.device)
+    if setup.model.device.type != "meta":
+        inner.projector.to(setup.model.device)
     return Running(model, _processor(setup.processor, config), WithSolo(setup.model, inner.projector))
 
 
@@ -104,7 +105,7 @@ def solo_model(
     return alone
 
 
-def _number(seed: tuple[int, int]) -> int:
+def _number(seed: tuple[int, ...]) -> int:
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from vlmix.core.errors import CheckpointError, InterruptedRunError
 from vlmix.core.interfaces import Source
@@ -18,11 +20,13 @@ from vlmix.data.ledger import FILE_NAME, Ledger
 from vlmix.models.looking import obstacle
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.models.processing import VlmixProcessor
+from vlmix.moe.parallel import check_experts
 from vlmix.train import aligned, checkpoint
 from vlmix.train.build import Setup, open_sources, stage_processor
 from vlmix.train.checkpoint import CHECKPOINTS, Found, RunState
 from vlmix.train.compiling import compiled_layers
 from vlmix.train.continual._base import Memory
+from vlmix.train.continual._divided import Kept
 from vlmix.train.continual._tasks import Tasks, conversations, mixed_weights
 from vlmix.train.data_sets import row_notes
 from vlmix.train.dividing import divide, has_shapes_alone, renew, same_draws
@@ -79,14 +83,14 @@ class Stages:
 
         Raises:
             RecipeError: if a glob matches nothing or a source is empty.
-            PlanError: if a solo stage's projector does not fit its encoder.
+            PlanError: if a solo stage's projector does not fit its encoder, or experts do not divide.
             CheckpointError: if a stage starts from a folder that is no model.
 
         """
-        tasks = Tasks.of(recipe)
-        tasks.check(1 if processes is None else processes.world)
+        tasks = Tasks.of(recipe, processes)
         shapes = shapes_of(recipe, setup, tasks)
         obstacles: list[str] = []
+        decoders: list[PreTrainedModel] = []
         for index, stage in enumerate(recipe.stages):
             whole = stage.solo is None and shapes is not None
             if shapes is not None:
@@ -98,10 +102,13 @@ class Stages:
                 tasks.reshape(stage, checked)
             select_for(tasks.meant(stage, checked), checked)
             obstacles.append(obstacle(checked.model))
+            decoders.append(checked.model.language_model)
             if stage.start_from != "previous" and not (Path(stage.start_from) / "config.json").is_file():
                 raise CheckpointError(
                     f"start_from: {stage.start_from} is not a model folder; it has no config.json"
                 )
+        if processes is not None and processes.experts is not None:
+            check_experts(decoders, recipe.parallel.experts)
         sources = tuple(open_sources(stage) for stage in recipe.stages)
         for stage, opened in zip(recipe.stages, sources, strict=True):
             for note in row_notes(stage, opened):
@@ -112,7 +119,8 @@ class Stages:
             memories.append(tasks.memories(recipe.stages[index]))
             orders.append(stage_order(recipe, index, [len(source) for source in opened], memories[index]))
             tasks.planned(recipe.stages[index], opened, orders[index])
-        looks = looks_of_stages(recipe, obstacles, orders)
+        say = partial(console.print, markup=False, soft_wrap=True)
+        looks = looks_of_stages(recipe, obstacles, orders, say)
         found = (sources, tuple(orders), tasks, tuple(memories), looks)
         return Stages(recipe, out, setup, console, *found, team=processes or Processes())
 
@@ -141,15 +149,20 @@ class Stages:
     def _ready(self, index: int, found: Found | None) -> Running:
         """The model of a stage as it begins, or as the checkpoint found it."""
         stage = self.recipe.stages[index]
+        before = None
         if found is None:
-            renew(self.setup, self.recipe.stages[: index + 1], self.out, self.team)
+            before = renew(self.setup, self.recipe.stages[: index + 1], self.out, self.team)
             with same_draws(self.team):
                 self._prepare(stage)
         ran = running(self.setup, stage, stage_seed(self.recipe, index))
-        source, ahead = found.folder if found else self.out, self.looks[index] != "inside"
-        divide(self.setup, stage, ran, self.team, source, looks_ahead=ahead)
+        meant, ahead = self.tasks.meant(stage, ran.model), self.looks[index] != "inside"
+        source = before if found is None else found.folder
+        divide(self.setup, meant, ran, self.team, source, looks_ahead=ahead)
         if found is not None:
             self._take_up(found, ran)
+        else:
+            with same_draws(self.team):
+                self.tasks.fill(stage, ran.model)
         return ran
 
     def _alone(self, index: int, ran: Running, found: Found | None, stop: StopRequest) -> None:
@@ -159,19 +172,26 @@ class Stages:
         """
         stage, order = self.recipe.stages[index], self.orders[index]
         root = Path(self.recipe.results) if self.recipe.results else self.out.parent / aligned.FOLDER
-        results, folder = aligned.Results(root, self.out, self.console), None
+        results, folder = aligned.Results(root, self.out, self.console, self.team), None
         if found is None:
-            draw_from(stage_seed(self.recipe, index))
-            folder = results.begin(stage, ran, select_for(stage, ran.model), order)
+            draw_from(stage_seed(self.recipe, index), self.team.rank)
+            selection, ahead = select_for(stage, ran.model), self.looks[index] != "inside"
+            folder = results.begin(stage, ran, selection, order, looks_ahead=ahead)
         if folder is not None:
-            before = sum(earlier.steps for earlier in self.orders[:index])
-            with closing(MetricsFile(self.out / METRICS, before)) as metrics:
-                metrics.step(reused_stage(stage.name, order.steps, before + order.steps, folder))
+            self._tell_reused(index, folder)
         else:
             if found is None or found.state.step < found.state.steps:
                 self._stage(index, ran, found, stop)
             results.end(stage, ran)
-        draw_from((self.recipe.seed, index))
+        draw_from((self.recipe.seed, index), self.team.rank)
+
+    def _tell_reused(self, index: int, folder: Path) -> None:
+        if not self.team.is_main:
+            return
+        name, steps = self.recipe.stages[index].name, self.orders[index].steps
+        before = sum(earlier.steps for earlier in self.orders[:index])
+        with closing(MetricsFile(self.out / METRICS, before)) as metrics:
+            metrics.step(reused_stage(name, steps, before + steps, folder))
 
     def _take_up(self, found: Found, ran: Running) -> None:
         state = found.state
@@ -185,7 +205,7 @@ class Stages:
         stage = self.recipe.stages[state.stage_index]
         if stage.task:
             select_for(self.tasks.meant(stage, ran.model), ran.model)
-        self.tasks.method.load(checkpoint.load_more(found.folder, _METHOD), ran.model)
+        self.tasks.method.load(Kept(found.folder, _METHOD), ran.model)
         checkpoint.load_random_state(found.folder, self.team)
         self.ledgers.update(state.ledgers)
         self.console.print(f"resuming stage {state.stage} after step {state.step} of {state.steps}")
@@ -215,7 +235,7 @@ class Stages:
     def _finish(self, stage: Stage, reader: StepReader, ran: Running) -> None:
         """What follows the last step; done again where a run goes on from the stage's last checkpoint."""
         if stage.task:
-            self.tasks.method.end(ran.model, conversations(reader, ran.model))
+            self.tasks.method.end(ran.model, conversations(reader, ran.model, self.team))
         if stage.publish:
             publish_model(self.setup, self.out / MODELS / stage.name, self.team)
 

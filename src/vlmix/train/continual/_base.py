@@ -16,6 +16,7 @@ from vlmix.core.interfaces import Source
 from vlmix.core.settings import PartSettings
 from vlmix.models.losses import IGNORED, supervised_positions
 from vlmix.models.modeling import VlmixForConditionalGeneration, VlmixOutput
+from vlmix.train.parallel.processes import Processes
 
 Batch = Mapping[str, Tensor]
 
@@ -104,10 +105,12 @@ class Method(ABC):
     """Plain fine-tuning, whatever a subclass leaves out.
 
     The order of calls in a stage with a ``task``: ``reshape`` gives the model the structure it is trained in,
-    ``train`` says what trains, ``begin`` sees the model before the first step (in its place, where a run goes
-    on inside a task, ``load``), ``loss`` is what each micro-batch costs, and ``end`` sees the trained model.
-    ``extra`` is asked when the run is planned. Sums over micro-batches and processes of ``loss`` are the
-    step's: what is not a sum over tokens is weighed by the micro-batch's share of them.
+    ``fill`` gives what is new in it its values, ``train`` says what trains, ``begin`` sees the model before
+    the first step (in its place, where a run goes on inside a task, ``load``), ``loss`` is what each
+    micro-batch costs, and ``end`` sees the trained model. ``extra`` is asked when the run is planned. Sums
+    over micro-batches and processes of ``loss`` are the step's: what is not a sum over tokens is weighed by
+    the micro-batch's share of them. From ``fill`` on the model may be divided among ``processes``, all of
+    which make the same calls.
     """
 
     settings_class: ClassVar[type[PartSettings]]
@@ -118,11 +121,16 @@ class Method(ABC):
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+        self.processes = Processes()
 
     @property
-    def needs_whole(self) -> str:
-        """What this method does that a model divided among processes cannot; empty where there is nothing."""
-        return ""
+    def asks_teacher(self) -> bool:
+        """Whether the model as it was before a task answers every micro-batch too."""
+        return False
+
+    def join(self, processes: Processes) -> None:
+        """Told once, when the run is planned: the processes that the model is divided among."""
+        self.processes = processes
 
     def reshape(self, model: VlmixForConditionalGeneration) -> None:  # noqa: B027  (most change no structure)
         """Give ``model`` the structure a task is trained in; ``end`` takes it away.
@@ -131,6 +139,9 @@ class Method(ABC):
             PlanError: if the model cannot have it.
 
         """
+
+    def fill(self, model: VlmixForConditionalGeneration) -> None:  # noqa: B027
+        """Give what ``reshape`` added its first values, on a model that may be divided."""
 
     def train(
         self, patterns: Mapping[str, float], model: VlmixForConditionalGeneration
@@ -151,6 +162,11 @@ class Method(ABC):
 
     def begin(self, model: VlmixForConditionalGeneration) -> None:  # noqa: B027
         """Look at the model before the first step of a task; what trains is set."""
+
+    def remembered(self, model: nn.Module) -> int:
+        """Numbers that are kept while a task is trained, beside ``model`` whose trained parts are marked."""
+        del model
+        return 0
 
     def answers(self, seen: Seen) -> Tensor | None:
         """What takes the place of the cross entropy of the answers; ``None`` leaves it."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.continual._base import Batch, Memory, Method, Past, Seen
+from vlmix.train.parallel.processes import Processes
 
 
 class Composed(Method):
@@ -20,14 +21,25 @@ class Composed(Method):
         self.parts = tuple(parts)
 
     @property
-    def needs_whole(self) -> str:
-        """What any part needs."""
-        return " and ".join(filter(None, (part.needs_whole for part in self.parts)))
+    def asks_teacher(self) -> bool:
+        """Whether any part has one."""
+        return any(part.asks_teacher for part in self.parts)
+
+    def join(self, processes: Processes) -> None:
+        """Told to every part."""
+        super().join(processes)
+        for part in self.parts:
+            part.join(processes)
 
     def reshape(self, model: VlmixForConditionalGeneration) -> None:
         """Each part's structure."""
         for part in self.parts:
             part.reshape(model)
+
+    def fill(self, model: VlmixForConditionalGeneration) -> None:
+        """Each part's values."""
+        for part in self.parts:
+            part.fill(model)
 
     def train(
         self, patterns: Mapping[str, float], model: VlmixForConditionalGeneration
@@ -45,6 +57,10 @@ class Composed(Method):
         """Each part looks."""
         for part in self.parts:
             part.begin(model)
+
+    def remembered(self, model: nn.Module) -> int:
+        """What all keep together."""
+        return sum(part.remembered(model) for part in self.parts)
 
     def answers(self, seen: Seen) -> Tensor | None:
         """That of the part which has one."""

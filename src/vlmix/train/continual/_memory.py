@@ -46,6 +46,29 @@ class Chosen(Source):
         raise TypeError("Chosen is made of other sources")
 
 
+class Counted(Source):
+    """So many rows that nobody reads: what a plan knows of a set."""
+
+    settings_class = PartSettings
+
+    def __init__(self, size: int) -> None:
+        super().__init__(None)
+        self.size = size
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        """There is none to read."""
+        raise TypeError(f"row {index} of {self.size} is counted, not read")
+
+    @classmethod
+    def tiny(cls, folder: Any) -> Any:
+        """There is none: it is a number."""
+        raise TypeError("Counted is a number of rows")
+
+
 def random_rows(sizes: Sequence[int], share: float, key: tuple[int, ...]) -> list[tuple[int, int]]:
     """``share`` of all rows of sources of these sizes, at least one, drawn without repetition."""
     total = sum(sizes)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import repeat
 
 from vlmix.core.batching import BatchingSettings
-from vlmix.core.errors import PlanError
 from vlmix.core.interfaces import Source
 from vlmix.core.parts import read_part
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.continual import CONTINUAL
 from vlmix.train.continual._base import Batch, Memory, Method, Past
+from vlmix.train.continual._divided import input_device
+from vlmix.train.continual._memory import Counted
 from vlmix.train.order import DataOrder, RowId
+from vlmix.train.parallel.processes import Processes
 from vlmix.train.reading import SampleEncoder, StepReader
 from vlmix.train.recipe import Recipe, Stage
 
@@ -26,8 +30,8 @@ class Tasks:
     _past: list[Past] = field(default_factory=list[Past])
 
     @staticmethod
-    def of(recipe: Recipe) -> Tasks:
-        """The recipe's tasks; without a method they are learnt plainly.
+    def of(recipe: Recipe, processes: Processes | None = None) -> Tasks:
+        """The recipe's tasks, learnt by so many processes; without a method they are learnt plainly.
 
         Raises:
             UnknownNameError: if there is no such method.
@@ -35,21 +39,9 @@ class Tasks:
 
         """
         raw = recipe.continual or {"kind": "naive"}
-        return Tasks(CONTINUAL.get(raw["kind"])(read_part(CONTINUAL, raw, "continual")), recipe.seed)
-
-    def check(self, world: int) -> None:
-        """Look whether the method works with so many processes.
-
-        Raises:
-            PlanError: if it does not.
-
-        """
-        needed = self.method.needs_whole
-        if world > 1 and needed:
-            raise PlanError(
-                f"continual: this method {needed}, which a model divided among {world} processes does not "
-                "allow; use one process, or naive, rehearsal, replay_buffer or even soft_targets"
-            )
+        method = CONTINUAL.get(raw["kind"])(read_part(CONTINUAL, raw, "continual"))
+        method.join(processes or Processes())
+        return Tasks(method, recipe.seed)
 
     def reshapes(self, stage: Stage) -> bool:
         """Whether ``stage`` is trained in another structure."""
@@ -64,6 +56,11 @@ class Tasks:
         """
         if stage.task:
             self.method.reshape(model)
+
+    def fill(self, stage: Stage, model: VlmixForConditionalGeneration) -> None:
+        """Give what that structure added to ``model``, which may be divided, its first values."""
+        if stage.task:
+            self.method.fill(model)
 
     def meant(self, stage: Stage, model: VlmixForConditionalGeneration) -> Stage:
         """``stage`` with the ``train`` it has in that structure.
@@ -91,6 +88,13 @@ class Tasks:
 
         self._past.append(Past(stage.task, tuple(sources), drawn))
 
+    def counted(self, stage: Stage, sizes: Sequence[int], order: DataOrder) -> None:
+        """Note of ``stage`` what a plan knows: how many rows its sources have, and how many are drawn."""
+        if stage.task:
+            # Which rows they are changes no number; draws from memories are taken for the stage's own.
+            drawn = partial(repeat, RowId(0, 0), order.draws)
+            self._past.append(Past(stage.task, tuple(map(Counted, sizes)), drawn))
+
 
 def mixed_weights(
     weights: Sequence[float | None], sizes: Sequence[int], memories: Sequence[Memory]
@@ -111,11 +115,13 @@ def _weight(memory: Memory, per_row: float, whole: float) -> float | None:
     return None if per_row == 1 else per_row * len(memory.source)
 
 
-def conversations(reader: StepReader, model: VlmixForConditionalGeneration) -> Iterator[Batch]:
-    """The conversations of a stage in the order of training, each a batch of its own."""
-    encoder = SampleEncoder(reader.encoder.processor)
+def conversations(
+    reader: StepReader, model: VlmixForConditionalGeneration, processes: Processes
+) -> Iterator[Batch]:
+    """The conversations of a stage in the order of training, each a batch of its own, the same on all."""
+    encoder, device = SampleEncoder(reader.encoder.processor), input_device(model, processes)
     alone = replace(reader, encoder=encoder, batching=BatchingSettings(), micro_batch_size=1, rank=0, world=1)
     for step in range(len(alone)):
         for batch in alone[step].micro_batches:
             if batch is not None:
-                yield {name: tensor.to(model.device) for name, tensor in batch.items()}
+                yield {name: tensor.to(device) for name, tensor in batch.items()}

@@ -2,50 +2,114 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmix.models.modeling import VlmixForConditionalGeneration
-from vlmix.train.continual._base import Batch, supervised_logits, trained
+from vlmix.models.quantised import Nf4Linear
+from vlmix.train.checkpoint import unique_tensors
+from vlmix.train.continual._base import Batch, Method, Seen, supervised_logits
+from vlmix.train.continual._divided import divided_as, gather_anew, held, piece_of
 
 _NAME = "teacher."
 
 
 class Teacher:
-    """A copy that shares what the task leaves frozen; a checkpoint holds the rest of it.
+    """What a task changes of ``model``, as it was; for an answer the model takes it back for a moment.
 
-    Where ``model`` is in the middle of a task, ``weights`` are what it had before.
+    So it costs the memory of what trains, on each process of what it holds of that, and every way in which a
+    model is divided serves it too. Where ``model`` is in the middle of a task, ``weights`` are what it had
+    before.
     """
 
     def __init__(
         self, model: VlmixForConditionalGeneration, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        self._own = list(trained(model))
-        shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-        self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
-        # Only the copy's own: the flags of what is shared are as they were.
-        if weights is not None:
-            own = dict(self.model.named_parameters())
-            with torch.no_grad():
-                for name in self._own:
-                    own[name].copy_(weights[_NAME + name])
+        self._model, self._now = model, _changing(model)
+        self._before = {
+            name: held(tensor).clone() if weights is None else piece_of(weights[_NAME + name], tensor)
+            for name, tensor in self._now.items()
+        }
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """The logits it gives for the supervised tokens of ``batch``: (N, V)."""
-        labels_BT = batch["labels"]
-        output = self.model(**batch, logits_to_keep="supervised", use_cache=False)
-        return supervised_logits(output, labels_BT)
+        kind = batch["labels"].device.type
+        # Autocast would find the casts of what the model has now.
+        told = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        with self._taken_back(), torch.autocast(kind, cache_enabled=False, **told):
+            output = self._model(**batch, logits_to_keep="supervised", use_cache=False)
+        return supervised_logits(output, batch["labels"])
 
     def state(self) -> dict[str, Tensor]:
-        """The weights that the task changes in the model, as they were."""
-        own = dict(self.model.named_parameters())
-        return {_NAME + name: own[name].detach() for name in self._own}
+        """What the task changes in the model, as it was."""
+        return {_NAME + name: divided_as(self._before[name], like) for name, like in self._now.items()}
+
+    @contextmanager
+    def _taken_back(self) -> Generator[None]:
+        training = [module for module in self._model.modules() if module.training]
+        self._exchange()
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._exchange()
+            for module in training:
+                module.training = True
+
+    def _exchange(self) -> None:
+        """Swap the two; what autograd keeps for a backward pass is as it was after the second time."""
+        gather_anew(self._model)
+        for name, tensor in self._now.items():
+            now, before = held(tensor), self._before[name]
+            kept = now.clone()
+            now.copy_(before)
+            before.copy_(kept)
 
 
-def stored_teacher(state: Mapping[str, Tensor], model: VlmixForConditionalGeneration) -> Teacher | None:
-    """The teacher a checkpoint holds; ``None`` where it was saved between tasks."""
-    return Teacher(model, state) if any(name.startswith(_NAME) for name in state) else None
+class Taught(Method):
+    """A method that may have a teacher, from the beginning of a task to its end."""
+
+    reads_logits = True
+
+    def __init__(self, settings: object) -> None:
+        super().__init__(settings)
+        self.teacher: Teacher | None = None
+
+    def remembered(self, model: nn.Module) -> int:
+        """What trains, once more."""
+        return sum(tensor.numel() for tensor in _changing(model).values()) if self.asks_teacher else 0
+
+    def taught(self, seen: Seen) -> Tensor | None:
+        """The teacher's logits for the supervised tokens (N, V); ``None`` without one."""
+        return None if self.teacher is None else self.teacher.logits(seen.batch)
+
+    def begin(self, model: VlmixForConditionalGeneration) -> None:
+        """Remember what the task will change."""
+        if self.asks_teacher:
+            self.teacher = Teacher(model)
+
+    def end(self, model: VlmixForConditionalGeneration, batches: Iterator[Batch]) -> None:
+        """Let the teacher go."""
+        self.teacher = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The teacher's weights inside a task."""
+        return {} if self.teacher is None else self.teacher.state()
+
+    def load(self, state: Mapping[str, Tensor], model: VlmixForConditionalGeneration) -> None:
+        """The teacher again, where the checkpoint was saved inside a task."""
+        self.teacher = Teacher(model, state) if any(name.startswith(_NAME) for name in state) else None
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, and saved buffers: statistics and biases that steps move."""
+    packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Nf4Linear))
+    return {
+        name: tensor
+        for name, tensor in unique_tensors(model).items()
+        if (tensor.requires_grad if isinstance(tensor, nn.Parameter) else not name.startswith(packed))
+    }

@@ -9,13 +9,16 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlmix.core.settings import PartSettings, Settings
 from vlmix.models.losses import supervised_share
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.continual import CONTINUAL
 from vlmix.train.continual._base import Batch, Method, Seen, trained
+from vlmix.train.continual._divided import copies, divided_as, held, laid_out
 from vlmix.train.continual._fisher import fisher_diagonal, own_text
+from vlmix.train.parallel.pieces import local
 
 
 class OwnText(Settings):
@@ -48,7 +51,7 @@ class EwcSettings(PartSettings):
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What one penalty holds: how strongly, and where, by name of the parameter."""
+    """What one penalty holds: how strongly, and where, by name of the parameter and divided as it is."""
 
     fisher: dict[str, Tensor]
     anchor: dict[str, Tensor]
@@ -67,46 +70,59 @@ class Ewc(Method):
     def __init__(self, settings: EwcSettings) -> None:
         super().__init__(settings)
         self._held: list[_Held] = []
+        # As they are between passes: during one, a process may have gathered them.
+        self._own: dict[str, nn.Parameter] = {}
 
-    @property
-    def needs_whole(self) -> str:
-        """Gradients of one conversation."""
-        return "measures every weight on single conversations"
+    def remembered(self, model: nn.Module) -> int:
+        """Two numbers for each that trains, in ``separate`` mode for every task so far; counted for one."""
+        return 2 * sum(parameter.numel() for parameter in trained(model).values())
 
     def begin(self, model: VlmixForConditionalGeneration) -> None:
         """Before the first task, measure the language on text that the model writes."""
+        self._look_at(model)
         language = self.settings.language
         if self._held or language is None:
             return
-        named = {name: p for name, p in trained(model).items() if name.startswith("model.language_model.")}
-        texts = own_text(model, samples=language.samples, tokens=language.tokens, seed=language.seed)
-        self._hold(fisher_diagonal(model, named, texts, language.samples), named)
+        named = {name: p for name, p in self._own.items() if name.startswith("model.language_model.")}
+        asked = {"samples": language.samples, "tokens": language.tokens, "seed": language.seed}
+        texts = own_text(model, self.processes, **asked)
+        self._hold(self._measured(model, named, texts, language.samples), named)
 
     def penalty(self, seen: Seen) -> Tensor | None:
-        """The micro-batch's share of the penalty, in float32."""
-        own = trained(seen.model)
-        terms = [
-            (held.fisher[name] * (own[name].float() - held.anchor[name]).square()).sum()
-            for held in self._held
-            for name in held.fisher
-            if name in own
-        ]
-        if not terms:
-            return None
-        share = supervised_share(seen.batch["labels"], seen.items)
-        return self.settings.weight / 2 * torch.stack(terms).sum() * share
+        """The micro-batch's share of the penalty, in float32.
+
+        A process knows its part of each weight alone, so that part costs by the share that the micro-batches
+        of all processes have together; what all hold whole costs by this one's.
+        """
+        divided, whole = list[Tensor](), list[Tensor]()
+        # In the model's order, in which a run that goes on finds them too.
+        pairs = [(kept, *each) for kept in self._held for each in self._own.items() if each[0] in kept.fisher]
+        for kept, name, parameter in pairs:
+            away = local(parameter).float() - local(kept.anchor[name])
+            term = (local(kept.fisher[name]) * away.square()).sum()
+            if not isinstance(parameter, DTensor):
+                whole.append(term)
+                continue
+            # The step's loss is a sum over processes, and some hold the same part; gradients are each one's.
+            divided.append(term - term.detach() * (1 - 1 / copies(parameter)))
+        share = torch.as_tensor(supervised_share(seen.batch["labels"], seen.items))
+        total = [share * torch.stack(whole).sum()] if whole else []
+        if divided:
+            everywhere = self.processes.sum(share.float())
+            total.append(everywhere * torch.stack(divided).sum())
+        return self.settings.weight / 2 * torch.stack(total).sum() if total else None
 
     def end(self, model: VlmixForConditionalGeneration, batches: Iterator[Batch]) -> None:
         """Measure what the task taught, and remember where its weights are."""
-        named = trained(model)
-        self._hold(fisher_diagonal(model, named, batches, self.settings.samples), named)
+        self._look_at(model)
+        self._hold(self._measured(model, self._own, batches, self.settings.samples), self._own)
 
     def state(self) -> dict[str, Tensor]:
         """Every Fisher information and the weights it holds on to."""
         return {
             f"{kind}.{index}.{name}": tensor
-            for index, held in enumerate(self._held)
-            for kind, tensors in (("fisher", held.fisher), ("anchor", held.anchor))
+            for index, kept in enumerate(self._held)
+            for kind, tensors in (("fisher", kept.fisher), ("anchor", kept.anchor))
             for name, tensor in tensors.items()
         }
 
@@ -114,19 +130,37 @@ class Ewc(Method):
         """Take them up again."""
         count = len({name.split(".", 2)[1] for name in state})
         self._held = [_Held({}, {}) for _ in range(count)]
-        for name, tensor in state.items():
+        for name in state:
             kind, index, parameter = name.split(".", 2)
-            held = self._held[int(index)]
-            into = held.fisher if kind == "fisher" else held.anchor
+            kept = self._held[int(index)]
             # A clone: memory mapped from a file is aligned differently, which can change a sum's last bit.
-            into[parameter] = tensor.to(model.device).clone()
+            whole = state[name].to(model.device).clone()
+            (kept.fisher if kind == "fisher" else kept.anchor)[parameter] = whole
+        self._look_at(model)
+
+    def _look_at(self, model: VlmixForConditionalGeneration) -> None:
+        """Know what trains, and bring what is held of it into the parts that it is now in."""
+        self._own = trained(model)
+        for tensors in (tensors for kept in self._held for tensors in (kept.fisher, kept.anchor)):
+            for name in (name for name in self._own if name in tensors):
+                tensors[name] = laid_out(tensors[name], self._own[name])
+
+    def _measured(
+        self,
+        model: VlmixForConditionalGeneration,
+        named: Mapping[str, nn.Parameter],
+        batches: Iterator[Batch],
+        samples: int,
+    ) -> dict[str, Tensor]:
+        return fisher_diagonal(model, named, batches, samples, self.processes.world)
 
     def _hold(self, fisher: dict[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
-        anchor = {name: parameter.detach().clone() for name, parameter in named.items()}
+        fisher = {name: divided_as(tensor, named[name]) for name, tensor in fisher.items()}
+        anchor = {name: divided_as(held(p).clone(), p) for name, p in named.items()}
         if self.settings.mode == "separate" or not self._held:
             self._held.append(_Held(fisher, anchor))
             return
         old = self._held[0]
-        faded = {name: self.settings.decay * tensor for name, tensor in old.fisher.items()}
+        faded = {name: tensor * self.settings.decay for name, tensor in old.fisher.items()}
         summed = {name: tensor + faded[name] if name in faded else tensor for name, tensor in fisher.items()}
         self._held = [_Held({**faded, **summed}, {**old.anchor, **anchor})]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast
 
+import torch
 from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
 
-from vlmix.core.adapters import AdapterSettings
+from vlmix.core.adapters import AdapterSettings, adapter_name
 from vlmix.core.errors import PlanError, RecipeError
 from vlmix.core.settings import PartSettings
-from vlmix.models.adapters import add_adapters, merge_adapters
+from vlmix.models.adapters import AdaptedLinear, add_adapters, merge_adapters
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.continual import CONTINUAL
 from vlmix.train.continual._base import Batch, Method
+from vlmix.train.continual._divided import held, piece_of
+from vlmix.train.parallel.sharding import whole
 from vlmix.train.trainable import short_names
 
 _DECODER = "language_model."
+_ADAPTER = adapter_name(0)
 
 
 class LoraSettings(PartSettings):
@@ -47,13 +53,8 @@ class Lora(Method):
     settings: LoraSettings
     reshapes = True
 
-    @property
-    def needs_whole(self) -> str:
-        """Products of whole matrices."""
-        return "merges adapters into weights"
-
     def reshape(self, model: VlmixForConditionalGeneration) -> None:
-        """Put the adapters on: A drawn from torch's own generator, B zero.
+        """Put the adapters on, without a draw from torch's own generator.
 
         Raises:
             PlanError: if the model has adapters already.
@@ -72,7 +73,18 @@ class Lora(Method):
             scaling=self.settings.scaling,
             dropout=self.settings.dropout,
         )
-        add_adapters(model, [adapters])
+        # The CPU's stream alone: on another device ``fill`` draws the values there are in the end.
+        with torch.random.fork_rng(devices=[]):
+            add_adapters(model, [adapters])
+
+    @torch.no_grad()
+    def fill(self, model: VlmixForConditionalGeneration) -> None:
+        """A drawn from the CPU's generator, matrix by matrix, whoever holds which rows; B zero."""
+        for _, down, up in _pairs(model):
+            drawn_RI = torch.empty(down.shape)
+            nn.init.kaiming_uniform_(drawn_RI, a=math.sqrt(5))
+            held(down).copy_(piece_of(drawn_RI, down))
+            held(up).zero_()
 
     def train(
         self, patterns: Mapping[str, float], model: VlmixForConditionalGeneration
@@ -98,7 +110,30 @@ class Lora(Method):
 
     def end(self, model: VlmixForConditionalGeneration, batches: Iterator[Batch]) -> None:
         """Merge: the next task starts from a model of the old structure that answers as this one does."""
-        merge_adapters(model)
+        if self.processes.world > 1:
+            _merge_in_parts(model)
+        else:
+            merge_adapters(model)
+
+
+@torch.no_grad()
+def _merge_in_parts(model: VlmixForConditionalGeneration) -> None:
+    """``merge_adapters`` where each process holds rows of W and the same rows of B; A is gathered."""
+    for layer, down, up in _pairs(model):
+        down_RI, weight = whole(down.detach()).float(), held(layer.plain().weight)
+        product_OI = layer.scaling[_ADAPTER] * (held(up).float() @ down_RI.to(held(up).device))
+        weight.copy_(weight.float() + product_OI)
+    wrapped = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
+    for name, layer in wrapped:
+        model.set_submodule(name, layer.plain())
+    model.config.adapters = None
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[AdaptedLinear, Tensor, Tensor]]:
+    """Every Linear with an adapter, and its A and B."""
+    for layer in (layer for layer in model.modules() if isinstance(layer, AdaptedLinear)):
+        down, up = (cast("nn.Linear", pairs[_ADAPTER]).weight for pairs in (layer.lora_A, layer.lora_B))
+        yield layer, down, up
 
 
 def _without_base(pattern: str, names: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch.nn.functional as F
@@ -10,10 +9,9 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from vlmix.core.settings import PartSettings
-from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.continual import CONTINUAL
-from vlmix.train.continual._base import Batch, Method, Seen
-from vlmix.train.continual._teacher import Teacher, stored_teacher
+from vlmix.train.continual._base import Seen
+from vlmix.train.continual._teacher import Taught
 
 
 class LwfSettings(PartSettings):
@@ -30,45 +28,24 @@ class LwfSettings(PartSettings):
 
 
 @CONTINUAL.register("lwf")
-class Lwf(Method):
+class Lwf(Taught):
     """Paper: Li and Hoiem, arXiv:1606.09282, section 3, with a word's whole vocabulary as the old outputs."""
 
     settings_class = LwfSettings
     settings: LwfSettings
-    reads_logits = True
-
-    def __init__(self, settings: LwfSettings) -> None:
-        super().__init__(settings)
-        self._teacher: Teacher | None = None
 
     @property
-    def needs_whole(self) -> str:
-        """A second model."""
-        return "keeps a frozen copy of the model"
-
-    def begin(self, model: VlmixForConditionalGeneration) -> None:
-        """Freeze a copy."""
-        self._teacher = Teacher(model)
+    def asks_teacher(self) -> bool:
+        """Always."""
+        return True
 
     def penalty(self, seen: Seen) -> Tensor | None:
-        """Divergence from the frozen copy at every supervised token."""
-        if self._teacher is None:
+        """Divergence from what the model said before, at every supervised token."""
+        theirs_NV = self.taught(seen)
+        if theirs_NV is None:
             return None
-        theirs_NV = self._teacher.logits(seen.batch)
         divergence = distillation(seen.logits, theirs_NV, self.settings.temperature)
         return self.settings.weight * divergence / seen.items
-
-    def end(self, model: VlmixForConditionalGeneration, batches: Iterator[Batch]) -> None:
-        """Let the copy go."""
-        self._teacher = None
-
-    def state(self) -> dict[str, Tensor]:
-        """The copy's weights inside a task."""
-        return {} if self._teacher is None else self._teacher.state()
-
-    def load(self, state: Mapping[str, Tensor], model: VlmixForConditionalGeneration) -> None:
-        """Make the copy again."""
-        self._teacher = stored_teacher(state, model)
 
 
 def distillation(logits_NV: Tensor, theirs_NV: Tensor, temperature: float) -> Tensor:

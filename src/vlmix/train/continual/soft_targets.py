@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, Self
 
 import torch.nn.functional as F
@@ -10,10 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from vlmix.core.settings import PartSettings
-from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.train.continual import CONTINUAL
-from vlmix.train.continual._base import Batch, Method, Seen
-from vlmix.train.continual._teacher import Teacher, stored_teacher
+from vlmix.train.continual._base import Seen
+from vlmix.train.continual._teacher import Taught
 
 
 class SoftTargetsSettings(PartSettings):
@@ -33,46 +31,23 @@ class SoftTargetsSettings(PartSettings):
 
 
 @CONTINUAL.register("soft_targets")
-class SoftTargets(Method):
+class SoftTargets(Taught):
     """Soft targets of arXiv:2410.19925, section 3.2; the teacher's are those of SGM, arXiv:2306.01904."""
 
     settings_class = SoftTargetsSettings
     settings: SoftTargetsSettings
-    reads_logits = True
-
-    def __init__(self, settings: SoftTargetsSettings) -> None:
-        super().__init__(settings)
-        self._teacher: Teacher | None = None
 
     @property
-    def needs_whole(self) -> str:
-        """A second model, where there is a teacher."""
-        return "keeps a frozen copy of the model" if self.settings.spread == "teacher" else ""
-
-    def begin(self, model: VlmixForConditionalGeneration) -> None:
-        """Freeze a copy where there is a teacher."""
-        if self.settings.spread == "teacher":
-            self._teacher = Teacher(model)
+    def asks_teacher(self) -> bool:
+        """Where it says how the rest is spread."""
+        return self.settings.spread == "teacher"
 
     def answers(self, seen: Seen) -> Tensor:
         """Cross entropy with the soft target, summed over tokens, divided by the step's."""
-        alpha = self.settings.alpha
-        if self._teacher is None:
+        alpha, theirs_NV = self.settings.alpha, self.taught(seen)
+        if theirs_NV is None:
             return uniform_loss(seen.logits, seen.labels, alpha) / seen.items
-        theirs_NV = self._teacher.logits(seen.batch)
         return taught_loss(seen.logits, seen.labels, theirs_NV, alpha) / seen.items
-
-    def end(self, model: VlmixForConditionalGeneration, batches: Iterator[Batch]) -> None:
-        """Let the teacher go."""
-        self._teacher = None
-
-    def state(self) -> dict[str, Tensor]:
-        """The teacher's weights inside a task."""
-        return {} if self._teacher is None else self._teacher.state()
-
-    def load(self, state: Mapping[str, Tensor], model: VlmixForConditionalGeneration) -> None:
-        """Make the teacher again."""
-        self._teacher = stored_teacher(state, model)
 
 
 def uniform_loss(logits_NV: Tensor, labels_N: Tensor, alpha: float) -> Tensor:
