@@ -3,7 +3,8 @@
 transformers has no plugin mechanism, and registering at import would cost seconds and torch. So a finder
 waits for transformers' own Auto modules and imports ours, which register themselves at their end, right
 after each one is executed; where they are already there, at once. ``modeling_layers``, which every model
-imports first, imports an Auto module before it defines what models need: then ours wait for its end.
+imports first, and ``peft``, which transformers' trainer imports, import an Auto module before they define
+what ours need: then ours wait for their end.
 """
 
 from __future__ import annotations
@@ -20,22 +21,35 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _AUTO = "transformers.models.auto."
-_LAYERS = "transformers.modeling_layers"
+# For each of theirs a name that it has once it is whole, and ours. Ours need the first two.
 _OURS = {
-    _LAYERS: "vlmix.models.modeling",
-    _AUTO + "configuration_auto": "vlmix.models.configuration",
-    _AUTO + "modeling_auto": "vlmix.models.modeling",
-    _AUTO + "processing_auto": "vlmix.models.processing",
+    "transformers.modeling_layers": ("GradientCheckpointingLayer", "vlmix.models.modeling"),
+    "peft": ("inject_adapter_in_model", "vlmix.models.modeling"),
+    _AUTO + "configuration_auto": ("AutoConfig", "vlmix.models.configuration"),
+    _AUTO + "modeling_auto": ("AutoModelForImageTextToText", "vlmix.models.modeling"),
+    _AUTO + "processing_auto": ("AutoProcessor", "vlmix.models.processing"),
 }
+_NEEDED = ("transformers.modeling_layers", "peft")
 
 
 def install() -> None:
     """Register now with what transformers has loaded, and later with what it has not."""
-    for theirs, ours in _OURS.items():
-        if theirs in sys.modules and not _running(_LAYERS):
-            importlib.import_module(ours)
+    _register()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    """Import ours beside each of theirs that is whole, unless something that ours need is half imported."""
+    if any(name in sys.modules and not _whole(name) for name in _NEEDED):
+        return
+    for theirs, (_, ours) in _OURS.items():
+        if theirs in sys.modules and _whole(theirs):
+            importlib.import_module(ours)
+
+
+def _whole(name: str) -> bool:
+    return _OURS[name][0] in vars(sys.modules[name])
 
 
 class _Finder(MetaPathFinder):
@@ -51,27 +65,20 @@ class _Finder(MetaPathFinder):
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _ThenImport(spec.loader, _OURS[fullname])
+                spec.loader = _ThenImport(spec.loader)
                 return spec
         return None
 
 
 class _ThenImport(Loader):
-    """Executes a module as its own loader does, then imports ours, which registers itself with it."""
+    """Executes a module as its own loader does, then imports ours, which register themselves."""
 
-    def __init__(self, loader: Loader, ours: str) -> None:
-        self.loader, self.ours = loader, ours
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        if module.__name__ == _LAYERS or not _running(_LAYERS):
-            importlib.import_module(self.ours)
-
-
-def _running(name: str) -> bool:
-    """Whether a module is half imported: it is there, and its last line has not run."""
-    module = sys.modules.get(name)
-    return module is not None and not hasattr(module, "GradientCheckpointingLayer")
+        _register()

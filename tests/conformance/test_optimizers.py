@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import AdamW, Muon
 
 from vlmix.core.errors import InputError, RecipeError
+from vlmix.core.optimization import ScheduleSettings
 from vlmix.core.parts import read_part
 from vlmix.train import checkpoint
 from vlmix.train.checkpoint import RunState
-from vlmix.train.optim import build_optimizer, hand_on, set_rates
+from vlmix.train.optim import build_optimizer, hand_on, rate_factor, set_rates
 from vlmix.train.optimizers import OPTIMIZERS
 from vlmix.train.trainable import select
 
@@ -168,6 +169,32 @@ def test_a_matrix_moves_as_the_librarys_own_class_moves_it(name):
     if name == "adamw8bit":
         assert session.optimizer.state[session.net.inner.weight]["state1"].dtype == torch.uint8
         assert session.optimizer.state[session.net.words.weight]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parity
+def test_schedule_free_warms_up_as_the_authors_own_warm_up():
+    authors = pytest.importorskip("schedulefree")
+    session = Session("schedule_free", 8)
+    inner = session.net.inner.weight
+    weight = nn.Parameter(inner.detach().clone())
+    peer = authors.AdamWScheduleFree([weight], lr=1e-2, weight_decay=0.1, warmup_steps=4)
+    peer.train()
+    schedule = ScheduleSettings(kind="constant", warmup_steps=4)
+    for step in range(9):
+        weight.grad = torch.randn_like(weight)
+        inner.grad = weight.grad.clone()
+        set_rates(session.optimizer, rate_factor(schedule, step, 9))
+        session.optimizer.step()
+        peer.step()
+    hand_on(session.optimizer)
+    hand_on(peer)
+    assert torch.equal(weight, inner)
+
+
+def test_momentum_beside_adamw_is_refused_with_the_remedy():
+    """Recipes written when AdamW and Muon had one set of settings hold it."""
+    with pytest.raises(RecipeError, match=r"`momentum` is Muon's.*Remove it.*kind: muon"):
+        read_part(OPTIMIZERS, {"kind": "adamw", "momentum": 0.95})
 
 
 def test_fused_adamw_moves_as_the_plain_one_but_for_the_last_bits():

@@ -61,8 +61,16 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path, monkeypat
     assert told(tmp_path / "run") == told(tmp_path / "again")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError])
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EACCES, "Permission denied"),
+        OSError(errno.EROFS, "Read-only file system"),
+        RuntimeError,
+    ],
+)
+def test_a_full_or_forbidden_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     saved = 0
 
     def full(tensors, path, *more):

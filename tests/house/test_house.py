@@ -114,7 +114,10 @@ def test_public_names_are_those_written_down():
 @pytest.mark.slow
 def test_auto_classes_know_vlmix_in_either_order_of_import():
     mixtral = "transformers.models.mixtral.modeling_mixtral"
-    for first, second in (("vlmix", "transformers"), ("transformers", "vlmix"), ("vlmix", mixtral)):
+    pairs = [("vlmix", "transformers"), ("transformers", "vlmix"), ("vlmix", mixtral)]
+    # Both import Auto modules on their way, before peft has what adapters need.
+    pairs += [("vlmix", "peft"), ("vlmix", "transformers.trainer")]
+    for first, second in pairs:
         code = (
             f"import {first}, {second}\n"
             "from transformers import AutoConfig, AutoModelForImageTextToText as A\n"

@@ -11,10 +11,10 @@ import pytest
 from safetensors import SafetensorError
 
 from vlmix.core import files
-from vlmix.core.errors import CheckpointError, DiskFullError, InputError, RunLockedError
+from vlmix.core.errors import CheckpointError, DiskFullError, InputError, RunLockedError, VlmixError
 
 SCHEMA = "test/1"
-FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -205,3 +205,15 @@ def test_a_run_folder_that_cannot_be_made_is_said(tmp_path):
         with pytest.raises(InputError, match=r"taken.* cannot be used as a folder"), files.run_lock(folder):
             pass
     assert (tmp_path / "taken").read_text() == "a file"
+
+
+@pytest.mark.parametrize("code", FAULTS)
+def test_a_run_folder_that_takes_no_lock_is_said(tmp_path, monkeypatch, code):
+    def refuse(path):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files, "_acquire", refuse)
+    full = code in FAULTS[:4]
+    with pytest.raises(VlmixError, match=str(tmp_path)) as caught, files.run_lock(tmp_path):
+        pass
+    assert caught.value.exit_code == (4 if full else 2)

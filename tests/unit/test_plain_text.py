@@ -172,3 +172,32 @@ def test_the_harness_judges_a_model(responder, tmp_path, monkeypatch):
     expected = [float(a.nats < b.nats) for a, b in found[:1]] + [float(b.nats < a.nats) for a, b in found[1:]]
     assert [score.value for score in result.model.scores] == expected
     assert result.model.figures["vlmix_tiny.acc"] == sum(expected) / 2 == result.model.figures["accuracy"]
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own, and those of what it imports
+def test_the_harness_hears_what_its_own_model_would_say(responder, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'vlmix[eval]'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from vlmix.evals.harness import adapter
+
+    decoder, tokenizer = responder.model.model.language_model, responder.processor.tokenizer
+    theirs = HFLM(pretrained=decoder, tokenizer=tokenizer, batch_size=3, max_length=128)
+    ours = adapter(responder, Decoding(20))
+
+    def asked(kind, *rows):
+        return [Instance(kind, {}, row, number) for number, row in enumerate(rows)]
+
+    pairs = [("The dog sat", " on the mat."), ("The dog ", "sat down"), ("", "Hello there"), ("word", "s")]
+    told = [each.loglikelihood(asked("loglikelihood", *pairs)) for each in (ours, theirs)]
+    for (nats, greedy), (expected, same) in zip(*told, strict=True):
+        assert nats == pytest.approx(expected, abs=NATS)
+        assert greedy == same
+    texts = asked("loglikelihood_rolling", ("Hello there. " * 3,), ("Short.",))
+    whole = [each.loglikelihood_rolling(texts) for each in (ours, theirs)]
+    assert whole[0] == pytest.approx(whole[1], abs=NATS)
+    rules = [{"until": ["\n"], "max_gen_toks": 12}, {"until": ["e"], "max_gen_toks": 9}]
+    questions = asked("generate_until", ("The dog sat", rules[0]), ("Is", rules[1]))
+    assert ours.generate_until(questions) == theirs.generate_until(questions)

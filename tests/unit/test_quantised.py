@@ -3,7 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils.integrations import dequantize_bnb_weight
 
+from vlmix.core.adapters import AdapterSettings
+from vlmix.models.adapters import install_adapters, merged_tensors
 from vlmix.models.quantised import LEVELS, Nf4Linear, dequantised, quantised
 
 
@@ -34,6 +38,36 @@ def test_4_bits_are_those_of_bitsandbytes():
     assert torch.equal(ours[0], packed.flatten())
     assert torch.equal(ours[1], state.absmax)
     assert torch.equal(dequantised(*ours, (48, 128)), functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parity
+def test_an_adapter_on_4_bits_is_pefts_own_over_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes", reason="needs the extra `optim`")
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(128, 96), torch.randn(7, 128)
+    theirs = torch.nn.ModuleList([bnb.nn.Linear4bit(128, 96, compress_statistics=False, quant_type="nf4")])
+    theirs[0].load_state_dict(linear.state_dict())
+    theirs.to("cpu").is_loaded_in_4bit = True
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=r"\d+"), theirs, "adapter_0")
+    ours = torch.nn.ModuleDict({"projector": torch.nn.ModuleList([linear])})
+    settings = AdapterSettings(match=["projector.*"], rank=4, alpha=8, quantise="nf4")
+    install_adapters(ours, None, [settings])
+    layers = [theirs[0], ours["projector"][0]]
+    assert type(layers[0]).__module__ == "peft.tuners.lora.bnb"
+    found = []
+    for layer in layers:
+        torch.manual_seed(1)
+        sides = [side["adapter_0"].weight for side in (layer.lora_A, layer.lora_B)]
+        for side in sides:
+            torch.nn.init.normal_(side, std=0.1)
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.square().sum().backward()
+        found.append([y, given.grad, *(side.grad for side in sides)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    kept = {f"a.{name}": tensor for name, tensor in layers[1].state_dict().items()}
+    weight = dequantize_bnb_weight(layers[0].base_layer.weight) + layers[0].get_delta_weight("adapter_0")
+    assert torch.equal(merged_tensors(kept, [settings])["a.weight"], weight)
 
 
 def test_a_product_in_4_bits_keeps_no_weight_for_its_gradient():

@@ -7,10 +7,12 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from vlmix.core.errors import RecipeError
 from vlmix.core.optimization import ScheduleSettings
+from vlmix.core.parts import ENCODERS
+from vlmix.moe.experts import StackedExperts
 from vlmix.train.optim import build_optimizer, rate_factor, set_rates, warmup_steps
 from vlmix.train.trainable import select, set_modes, short_names, table
 
@@ -150,6 +152,26 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest():
             assert 0.1 * rate < change.square().mean().sqrt() < 0.4 * rate
         else:
             assert change.abs().max() <= 1.01 * rate
+
+
+def test_biases_of_experts_are_not_decayed_and_tables_of_positions_are_no_matrices():
+    """Both have two dimensions: (experts, outputs) and (places, channels)."""
+    model = nn.Module()
+    sizes, biased = (4, 8, 4), (True, True)
+    model.experts = StackedExperts(PreTrainedConfig(), 3, sizes, nn.ReLU(), gated=False, bias=biased)
+    model.eye = ENCODERS.get("sam")(ENCODERS.get("sam").settings_class.tiny())
+    chosen = select(model, {"*": 1e-2})
+    for kind in ("adamw", "muon"):
+        optimizer = build_optimizer(chosen, {"kind": kind, "weight_decay": 0.1}, model)
+        named = {id(parameter): name for name, parameter in model.named_parameters()}
+        free, orthogonal = (
+            {named[id(p)] for group in optimizer.param_groups if wanted(group) for p in group["params"]}
+            for wanted in (lambda g: not g["weight_decay"], lambda g: g.get("matrices"))
+        )
+        assert {"experts.up_proj_bias", "experts.down_proj_bias"} <= free
+        assert "experts.up_proj" not in free
+        assert (kind == "muon") == any(name.endswith("qkv.weight") for name in orthogonal)
+        assert not any("rel_pos" in name or name.endswith("bias") for name in orthogonal)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

@@ -6,6 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from vlmix.core.optimization import EmaSettings, ScheduleSettings, SpikeSettings
 from vlmix.train.averaging import Averages
@@ -38,6 +44,17 @@ def test_the_average_of_weights_follows_its_formula_in_float32(warmup):
     assert torch.allclose(averages.state()["w"].double(), expected, rtol=0, atol=21 * 2**-23)
     averages.hand_on()
     assert torch.equal(weight, averages.state()["w"].bfloat16())
+
+
+def test_the_average_of_weights_that_stay_is_the_closed_form():
+    weight = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    averages = Averages(EmaSettings(decay=0.9, warmup=False), {"w": weight})
+    with torch.no_grad():
+        weight.fill_(1.0)
+    for updates in range(1, 51):
+        averages.update()
+        # 50 roundings of numbers below 1 in float32.
+        assert averages.state()["w"].tolist() == pytest.approx([1 - 0.9**updates] * 3, abs=50 * 2**-24)
 
 
 def noisy(seed, count, spikes=()):
@@ -107,3 +124,41 @@ def test_wsd_stays_at_the_peak_and_falls_at_the_end(decay, middle):
     assert [rate_factor(short, step, 10) for step in (8, 9)] == [1.0, 1.0]
     flat = ScheduleSettings(kind="wsd", decay_share=0.0)
     assert {rate_factor(flat, step, 50) for step in range(5, 50)} == {1.0}
+
+
+PEERS = {
+    "cosine": (get_cosine_schedule_with_warmup, {}),
+    "linear": (get_linear_schedule_with_warmup, {}),
+    "cosine floor": (get_cosine_with_min_lr_schedule_with_warmup, {"min_lr_rate": 0.1}),
+    "wsd linear": (get_wsd_schedule, {"decay_type": "linear"}),
+    "wsd cosine": (get_wsd_schedule, {"decay_type": "cosine"}),
+    "wsd sqrt floor": (get_wsd_schedule, {"decay_type": "1-sqrt", "min_lr_ratio": 0.1}),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("name", PEERS)
+def test_rates_are_those_of_transformers_schedulers(name, warmup):
+    """But for the warm-up: theirs begins with a step at rate 0 and ours one step later."""
+    make, more = PEERS[name]
+    kind, _, rest = name.partition(" ")
+    settings = ScheduleSettings(
+        kind=kind,
+        warmup_steps=warmup,
+        decay=rest.partition(" ")[0] if kind == "wsd" else "sqrt",
+        floor=0.1 if "floor" in name else 0.0,
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    wsd = {"num_decay_steps": 20} if kind == "wsd" else {}
+    scheduler = make(optimizer, num_warmup_steps=warmup, num_training_steps=100, **wsd, **more)
+    theirs = []
+    for _ in range(100):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    ours = [rate_factor(settings, step, 100) for step in range(100)]
+    # float64, the same operations in another order.
+    assert ours[warmup:] == pytest.approx(theirs[warmup:], abs=1e-15)
+    if name != "wsd sqrt floor":  # there theirs warms up from the floor
+        assert ours[:warmup] == pytest.approx(theirs[1 : warmup + 1], abs=1e-15)

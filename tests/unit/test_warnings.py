@@ -12,6 +12,7 @@ from tests.runs import TINY
 from vlmix.cli.inspect import plan
 from vlmix.cli.train import train
 from vlmix.core.errors import PlanError
+from vlmix.core.experts import ExpertSettings
 from vlmix.core.parts import ENCODERS, FUSIONS, read_part
 from vlmix.core.tensors import VisionSpec
 from vlmix.models.cautions import cautions
@@ -136,3 +137,13 @@ def test_train_begins_with_them(tmp_path, monkeypatch, capsys):
     assert shown.count("warning: ") == 3
     assert "nothing to choose" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bias_that_no_router_has_is_told():
+    def lines(router):
+        mixture = {"router": {"kind": router}, "balance": {"switch": 0.0, "bias_rate": 0.01}}
+        return cautions(tiny.config(experts=[ExpertSettings.model_validate(mixture).model_dump(mode="json")]))
+
+    assert lines("sigmoid") == []
+    (line,) = lines("topk")
+    assert line.startswith("experts.0.balance.bias_rate: topk has no bias")

@@ -28,13 +28,14 @@ MANIFEST = "manifest.json"
 LOCK = "run.lock"
 _UNFINISHED = ".unfinished"
 _ASIDE = ".aside" + _UNFINISHED
-_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_STORAGE_FAULTS = {*_NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM}
 _STORAGE_WORDS = ("No space left on device", *(f"(os error {code})" for code in _STORAGE_FAULTS))
 _AT_CWD, _EXCHANGE = -100, 2  # Linux: AT_FDCWD, RENAME_EXCHANGE
 
 
 class storage_errors:  # noqa: N801 - used as a `with` block, like contextlib's own
-    """Turn a full or failing disk into a `DiskFullError` naming ``path``, whoever reported it.
+    """Turn a full, failing or forbidden disk into a `DiskFullError` naming ``path``, whoever reported it.
 
     Libraries report a full disk in their own ways (`OSError`, `RuntimeError`, safetensors' own class), so
     errno, chained causes and the system's wording are all looked at. Other errors pass unchanged.
@@ -52,8 +53,8 @@ class storage_errors:  # noqa: N801 - used as a `with` block, like contextlib's 
         """Raise `DiskFullError` where the error comes from the disk."""
         if isinstance(error, Exception) and not isinstance(error, DiskFullError) and _is_storage_fault(error):
             raise DiskFullError(
-                f"cannot save {self.path}: {error}. What was saved before is intact; free some space "
-                "(or check the disk) and continue with --resume"
+                f"cannot save {self.path}: {error}. What was saved before is intact; free some space, "
+                "or make the folder writable again, and continue with --resume"
             ) from error
 
 
@@ -64,7 +65,7 @@ def _is_storage_fault(error: BaseException) -> bool:
             return True
         if any(words in str(seen) for words in _STORAGE_WORDS):
             return True
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return False
 
 
@@ -181,11 +182,16 @@ def publish(folder: Path) -> Generator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            _sync_tree(temporary)
-            _replace_folder(temporary, folder)
-            _sync_folder(folder.parent)
+            settle(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settle(new: Path, folder: Path) -> None:
+    """Force a folder to disk and give it its name in one step; one already there ends up under ``new``'s."""
+    _sync_tree(new)
+    _replace_folder(new, folder)
+    _sync_folder(folder.parent)
 
 
 def discard(folder: Path) -> None:
@@ -216,14 +222,17 @@ def run_lock(folder: Path) -> Generator[None]:
 
     Raises:
         InputError: if no folder can be made or written there.
+        DiskFullError: if there is no room.
         RunLockedError: if another process owns it; names that process and machine.
 
     """
     try:
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = _acquire(folder / LOCK)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(folder / LOCK)
     except OSError as error:
+        with storage_errors(folder):
+            if error.errno in _NO_ROOM:
+                raise
         raise InputError(f"{folder} cannot be used as a folder: {error.strerror}. Choose another") from None
     try:
         os.ftruncate(descriptor, 0)

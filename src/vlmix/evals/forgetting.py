@@ -8,6 +8,7 @@ the arithmetic mean stands beside it. Paper: arXiv:2410.19925, section 4.
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vlmix.core.errors import InputError
-from vlmix.core.files import write_bytes, write_json
+from vlmix.core.files import read_json, write_bytes, write_json
 
 FLOOR: Final = 0.1
 Mean = Literal["harmonic", "arithmetic"]
@@ -152,6 +153,45 @@ class ForgettingMatrix:
             learnt = f"{self.learnt(k, kind):.1f}" if k > 1 else ""
             rows.append([self.tasks[k - 1], *points, learnt, f"{self.delta(self.tasks[0], k, kind):.1f}"])
         return rows
+
+
+def read_matrix(path: Path) -> ForgettingMatrix:
+    """A matrix from accuracies measured elsewhere: a CSV file, or JSON such as ``forgetting.json``.
+
+    CSV columns are ``after`` and one ``TASK/BENCHMARK`` for each benchmark, tasks in the order they were
+    learnt; rows are in that order too, the first before any training. JSON has ``tasks`` in order, the
+    ``benchmarks`` of each, and a row of ``points`` by benchmark after each.
+
+    Raises:
+        InputError: if the file does not say so; names what is wrong.
+
+    """
+    try:
+        benchmarks, points = _from_csv(path) if path.suffix == ".csv" else _from_json(read_json(path))
+        rows = tuple({name: float(value) for name, value in row.items()} for row in points)
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} holds no matrix of points: {type(error).__name__} {error}") from None
+    return ForgettingMatrix(benchmarks, rows)
+
+
+def _from_json(raw: Any) -> tuple[dict[str, tuple[str, ...]], Sequence[Mapping[str, Any]]]:
+    return {task: tuple(raw["benchmarks"][task]) for task in raw["tasks"]}, list(raw["points"])
+
+
+def _from_csv(path: Path) -> tuple[dict[str, tuple[str, ...]], Sequence[Mapping[str, Any]]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        after, *columns = next(csv.reader(file), ("",))
+        rows = [row for row in csv.reader(file) if row]
+    if after != "after" or any(column.count("/") != 1 for column in columns):
+        raise ValueError("its first line must be `after` and one TASK/BENCHMARK for each benchmark")
+    found: dict[str, tuple[str, ...]] = {}
+    for column in columns:
+        task = column.partition("/")[0]
+        found[task] = (*found.get(task, ()), column)
+    points = [dict(zip(columns, row[1:], strict=True)) for row in rows]
+    if [row[0] for row in rows] != list(found)[: len(points)]:
+        raise ValueError(f"its rows must be after {', '.join(found)}, in this order")
+    return found, points
 
 
 def heatmap(matrix: ForgettingMatrix, kind: Mean = "harmonic") -> bytes:

@@ -7,9 +7,16 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
+from vlmix.core.errors import InterruptedRunError
+
 
 class StopRequest:
-    """Within the block, ``signal`` names the signal that asked to stop, or is empty."""
+    """Within the block, ``signal`` names the signal that asked to stop, or is empty.
+
+    Raises:
+        InterruptedRunError: out of the block, where a second signal ended it at once.
+
+    """
 
     def __init__(self) -> None:
         self.signal = ""
@@ -28,6 +35,11 @@ class StopRequest:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.signal and isinstance(error, KeyboardInterrupt):
+            raise InterruptedRunError(
+                f"stopped at once by a second signal after {self.signal}: nothing more was saved, and the "
+                "last checkpoint is intact. Continue with --resume"
+            ) from None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal:

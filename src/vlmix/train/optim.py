@@ -14,6 +14,7 @@ from vlmix.core.optimization import ScheduleSettings
 from vlmix.core.parts import read_part
 from vlmix.train.optimizers import OPTIMIZERS
 from vlmix.train.optimizers._base import AveragingOptimizer
+from vlmix.train.parallel.sharding import divided_alike
 from vlmix.train.recipe import Stage
 from vlmix.train.trainable import Selection
 
@@ -28,13 +29,15 @@ def build_optimizer(selection: Selection, raw: Mapping[str, Any], model: nn.Modu
     settings: Any = read_part(OPTIMIZERS, raw, "optimizer")
     groups = [
         {
-            "params": list(group.parameters.values()),
+            "params": alike,
             "lr": group.learning_rate,
             "peak": group.learning_rate,
             "pattern": group.pattern,
+            "decays": group.decay,
             "weight_decay": settings.weight_decay if group.decay else 0.0,
         }
         for group in selection.groups
+        for alike in divided_alike(group.parameters.values())
     ]
     return OPTIMIZERS.get(settings.kind)(settings).build(groups, model)
 

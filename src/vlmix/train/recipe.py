@@ -134,6 +134,7 @@ class Stage(Settings):
     given. In a ``solo`` stage ``projector.*`` is the solo one. ``layer_decay`` multiplies learning rates of
     encoders and language model once for each block on the way from their output; in a mapping from globs to
     factors the last that matches counts. ``fused_loss`` never holds all logits of a micro-batch.
+    ``tell_samples`` writes the ids of each step's samples beside its metrics, by process.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -162,6 +163,7 @@ class Stage(Settings):
     start_from: Text = "previous"
     save_every_steps: PositiveInt | None = None
     publish: bool = False
+    tell_samples: bool = False
     max_bad: Share = 0.01
     cache_features: Literal["auto"] | bool = "auto"
     workers: Annotated[int, Field(ge=0)] = 0

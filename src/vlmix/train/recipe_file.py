@@ -150,11 +150,14 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
     }
     told = {"name": True, "rows": True, "get": True}
     when = {"workers": True, "save_every_steps": True, "publish": True, "cache_features": True}
+    when |= {"tell_samples": True}
+    # What messages of stopped runs advise to change.
+    ways_out = {"gradient_checkpointing": True, "worker_timeout": True, "max_bad": True}
     return recipe.model_dump(
         mode="json",
         exclude={
             **free,
-            "stages": {"__all__": {**when, "data": {"__all__": told}}},
+            "stages": {"__all__": {**when, **ways_out, "data": {"__all__": told}}},
         },
     )
 

@@ -81,9 +81,9 @@ def select(
 ) -> Selection:
     """Make trainable what the globs of ``train`` match and freeze the rest.
 
-    The last glob that matches a parameter decides its learning rate. Norms, biases and other
-    one-dimensional parameters are put into groups without weight decay. ``layer_decay`` lowers rates from
-    layer to layer, see ``rate_factors``.
+    The last glob that matches a parameter decides its learning rate. Norms, biases (stacked ones too) and
+    other one-dimensional parameters are put into groups without weight decay. ``layer_decay`` lowers rates
+    from layer to layer, see ``rate_factors``.
 
     Raises:
         RecipeError: if a glob matches nothing, or only what later globs take over.
@@ -162,8 +162,13 @@ def _groups(
         Group(pattern, rate * factor, decay, chosen)
         for factor in sorted({*found.values()}, reverse=True)
         for decay in (True, False)
-        if (chosen := {n: p for n, p in members.items() if found[n] == factor and (p.ndim > 1) == decay})
+        if (chosen := {n: p for n, p in members.items() if found[n] == factor and _decays(n, p) == decay})
     ]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Not so for one-dimensional ones, nor for the biases of experts, which are stacked to matrices."""
+    return parameter.ndim > 1 and not name.endswith("bias")
 
 
 def _row(

@@ -46,6 +46,8 @@ class OptimizerKind(ABC):
     def build(self, groups: Sequence[ParameterGroup], model: nn.Module) -> Optimizer:
         """The optimizer of ``groups``: each with ``params``, ``lr``, ``weight_decay``, and more to keep.
 
+        ``decays`` is false of groups that are never decayed, whatever the weight decay.
+
         Raises:
             InputError: if it needs a package that is not installed.
 

@@ -18,7 +18,7 @@ Make = Callable[[list[ParameterGroup]], Optimizer]
 class Together(Optimizer):
     """One list of groups and one state over two optimizers, each stepping its own groups.
 
-    ``matrices`` makes the one for what ``fits``, of the matrices that are neither embedding table nor head;
+    ``matrices`` makes the one for what ``fits``, of what is decayed and neither embedding table nor head;
     groups are split where they hold both kinds of parameters, and all their keys are kept.
     """
 
@@ -34,14 +34,14 @@ class Together(Optimizer):
         tables = _tables(model)
 
         def inside(parameter: nn.Parameter) -> bool:
-            return parameter.ndim > 1 and id(parameter) not in tables and fits(parameter)
+            return id(parameter) not in tables and fits(parameter)
 
         super().__init__(
             [
                 {**group, "params": chosen, "matrices": kind}
                 for group in groups
                 for kind in (True, False)
-                if (chosen := [p for p in group["params"] if inside(p) == kind])
+                if (chosen := [p for p in group["params"] if (group["decays"] and inside(p)) == kind])
             ],
             {},
         )

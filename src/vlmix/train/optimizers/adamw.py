@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -19,6 +20,17 @@ class AdamWSettings(OptimizerSettings):
 
     kind: Literal["adamw"] = "adamw"  # pyright: ignore[reportIncompatibleVariableOverride]
     fused: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_momentum(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Recipes that runs wrote when AdamW and Muon shared their settings have Muon's, without effect."""
+        if "momentum" in raw:
+            raise ValueError(
+                "`momentum` is Muon's, AdamW has `betas`. Remove it (an earlier version wrote it into the "
+                "recipe.yaml of its runs, where it did nothing), or set `kind: muon`"
+            )
+        return raw
 
     @classmethod
     def tiny(cls) -> AdamWSettings:

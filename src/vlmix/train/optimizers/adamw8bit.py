@@ -50,8 +50,8 @@ class AdamW8bitKind(OptimizerKind):
         """
         if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
             raise PlanError(
-                "optimizer adamw8bit: its blocks of 256 weights cannot be divided among processes; use `ddp` "
-                "or one process, or another optimizer"
+                "optimizer adamw8bit: its blocks of 256 weights cannot be divided among processes; use one "
+                "process, or another optimizer"
             )
         with extra("optim", "optimizer adamw8bit"):
             from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
