@@ -30,6 +30,8 @@ _OURS = {
     _AUTO + "processing_auto": ("AutoProcessor", "vlmix.models.processing"),
 }
 _NEEDED = ("transformers.modeling_layers", "peft")
+# Those of ours that the model needs and that ask for theirs themselves.
+_PARTS = ("vlmix.models.adapters",)
 
 
 def install() -> None:
@@ -40,12 +42,21 @@ def install() -> None:
 
 
 def _register() -> None:
-    """Import ours beside each of theirs that is whole, unless something that ours need is half imported."""
-    if any(name in sys.modules and not _whole(name) for name in _NEEDED):
+    """Import ours beside each of theirs that is whole, unless something that ours need is half imported.
+
+    That may be one of our own, which asked for theirs: what is imported after it then registers.
+    """
+    if any(name in sys.modules and not _whole(name) for name in _NEEDED) or any(map(_running, _PARTS)):
         return
     for theirs, (_, ours) in _OURS.items():
         if theirs in sys.modules and _whole(theirs):
             importlib.import_module(ours)
+
+
+def _running(name: str) -> bool:
+    """Whether the import of a module has begun and not ended."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def _whole(name: str) -> bool:

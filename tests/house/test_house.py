@@ -116,7 +116,7 @@ def test_auto_classes_know_vlmix_in_either_order_of_import():
     mixtral = "transformers.models.mixtral.modeling_mixtral"
     pairs = [("vlmix", "transformers"), ("transformers", "vlmix"), ("vlmix", mixtral)]
     # Both import Auto modules on their way, before peft has what adapters need.
-    pairs += [("vlmix", "peft"), ("vlmix", "transformers.trainer")]
+    pairs += [("vlmix", "peft"), ("vlmix", "transformers.trainer"), ("vlmix.models.adapters", "transformers")]
     for first, second in pairs:
         code = (
             f"import {first}, {second}\n"
