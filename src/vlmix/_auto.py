@@ -29,9 +29,12 @@ _OURS = {
     _AUTO + "modeling_auto": ("AutoModelForImageTextToText", "vlmix.models.modeling"),
     _AUTO + "processing_auto": ("AutoProcessor", "vlmix.models.processing"),
 }
-_NEEDED = ("transformers.modeling_layers", "peft")
-# Those of ours that the model needs and that ask for theirs themselves.
-_PARTS = ("vlmix.models.adapters",)
+# What ours need whole, with the last name that they need of it; one of them is our own, and asks for theirs.
+_NEEDED = {
+    "transformers.modeling_layers": "GradientCheckpointingLayer",
+    "peft": "inject_adapter_in_model",
+    "vlmix.models.adapters": "install_adapters",
+}
 
 
 def install() -> None:
@@ -42,25 +45,16 @@ def install() -> None:
 
 
 def _register() -> None:
-    """Import ours beside each of theirs that is whole, unless something that ours need is half imported.
-
-    That may be one of our own, which asked for theirs: what is imported after it then registers.
-    """
-    if any(name in sys.modules and not _whole(name) for name in _NEEDED) or any(map(_running, _PARTS)):
+    """Import ours beside each of theirs that is whole, unless something that ours need is half imported."""
+    if not all(_whole(name, last) for name, last in _NEEDED.items() if name in sys.modules):
         return
-    for theirs, (_, ours) in _OURS.items():
-        if theirs in sys.modules and _whole(theirs):
+    for theirs, (last, ours) in _OURS.items():
+        if theirs in sys.modules and _whole(theirs, last):
             importlib.import_module(ours)
 
 
-def _running(name: str) -> bool:
-    """Whether the import of a module has begun and not ended."""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))
-
-
-def _whole(name: str) -> bool:
-    return _OURS[name][0] in vars(sys.modules[name])
+def _whole(name: str, last: str) -> bool:
+    return last in vars(sys.modules[name])
 
 
 class _Finder(MetaPathFinder):
@@ -69,7 +63,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _OURS:
+        if fullname not in {*_OURS, *_NEEDED}:
             return None
         for finder in sys.meta_path:
             if isinstance(finder, _Finder):

@@ -145,3 +145,13 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(whole, tmp_path)
     setup = load_setup(out / "setup", 0)
     first = unique_tensors(build(recipe()).model)
     assert all(torch.equal(first[name], tensor) for name, tensor in unique_tensors(setup.model).items())
+
+
+def test_a_run_killed_while_it_was_written_down_had_not_begun(whole, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copytree(whole[0] / "setup", out / "setup")
+    shutil.copy(whole[0] / "versions.json", out)
+    train(recipe(), out)
+    assert told(out) == told(whole[0])
+    verify_manifest(out / "model")

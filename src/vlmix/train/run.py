@@ -38,6 +38,7 @@ from vlmix.train.recipe_file import differences, load_recipe, write_recipe
 from vlmix.train.stages import Stages
 
 _RECIPE, _MODEL = "recipe.yaml", "model"
+_FIRST = {SETUP, "versions.json", "resolved.json"}  # written before the recipe
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, console: Console) -> Path:
@@ -105,7 +106,8 @@ def _resume_point(recipe: Recipe, out: Path, resume: bool, console: Console) -> 
     recover(out)
     recover(out / CHECKPOINTS)
     contents = sorted(path.name for path in out.iterdir() if path.name != LOCK)
-    if not contents:
+    # Killed while it was written down, before the recipe: such a run had not begun.
+    if {*contents} <= _FIRST:
         return None
     if not resume:
         raise InputError(
