@@ -1,4 +1,7 @@
-"""Several gloo processes on this machine, each running one function, as torchrun would start them."""
+"""Several gloo processes on this machine, each running one function, as torchrun would start them.
+
+They are forked from a server that has imported everything once: an import costs more than most of them do.
+"""
 
 import os
 import queue
@@ -8,6 +11,9 @@ import traceback
 
 import torch
 import torch.multiprocessing as mp
+
+_METHOD = "forkserver"
+_IMPORTED = ["tests.runs", "vlmix.train.run", "vlmix.train.parallel.sharding", "vlmix.models.modeling"]
 
 
 def _begin(rank, function, world, port, arguments):
@@ -30,13 +36,26 @@ def free_port():
 
 def start(function, *arguments, world=2):
     """Start ``function`` on ``world`` processes and return them, running."""
-    given = (function, world, free_port(), arguments)
-    return mp.start_processes(_begin, given, nprocs=world, join=False, start_method="spawn")
+    return start_ranks(_begin, function, world, free_port(), arguments, world=world)
+
+
+def start_ranks(function, *arguments, world=2):
+    """Start ``function``, whose first argument is the rank, on ``world`` processes and return them."""
+    mp.get_context(_METHOD).set_forkserver_preload(_IMPORTED)
+    return mp.start_processes(function, arguments, nprocs=world, join=False, start_method=_METHOD)
 
 
 def run(function, *arguments, world=2):
     """Run ``function`` on ``world`` processes to the end."""
-    context = start(function, *arguments, world=world)
+    _wait(start(function, *arguments, world=world))
+
+
+def run_ranks(function, *arguments, world=2):
+    """Run ``function``, whose first argument is the rank, on ``world`` processes to the end."""
+    _wait(start_ranks(function, *arguments, world=world))
+
+
+def _wait(context):
     while not context.join():
         pass
 
@@ -59,7 +78,7 @@ class Crew:
 
     def run(self, function, *arguments, seconds=300):
         if self._context is None:
-            make = mp.get_context("spawn").Queue
+            make = mp.get_context(_METHOD).Queue
             self._orders, self._answers = [make() for _ in range(self.world)], make()
             self._context = start(_work, self._orders, self._answers, world=self.world)
         port = free_port()

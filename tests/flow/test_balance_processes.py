@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from tests import processes
 from vlmix.core.experts import BalanceSettings
 from vlmix.core.tensors import Routing
 from vlmix.moe.balance import RoutingCounts, balance_loss
@@ -47,4 +47,4 @@ def test_two_processes_balance_as_one(tmp_path):
     loss.backward()
     found = {"loss": loss.detach(), "gradient": whole.logits.grad}
     save_file(found, tmp_path / "whole.safetensors")
-    mp.start_processes(process, (tmp_path,), nprocs=2, start_method="spawn")
+    processes.run_ranks(process, tmp_path)

@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from tests import processes
 from tests.tiny import PLACEHOLDER, config
 from vlmix.models.modeling import VlmixForConditionalGeneration
 from vlmix.moe.install import expert_layers
@@ -103,7 +103,7 @@ def start(tmp_path):
 
 @pytest.mark.parametrize(("first", "second"), [(DIVIDED, WHOLE), (WHOLE, DIVIDED)], ids=["divided", "whole"])
 def test_two_processes_train_like_one_and_resume_divided_otherwise(start, first, second):
-    mp.spawn(process, (start, first, second), nprocs=2)
+    processes.run_ranks(process, start, first, second)
     alone = network(start / "start")
     before = loss_of(alone, slice(None))
     step(alone, before, RATE)
@@ -121,7 +121,7 @@ def test_two_processes_train_like_one_and_resume_divided_otherwise(start, first,
 
 
 def test_processes_with_the_same_rows_each_add_what_their_experts_give(start):
-    mp.spawn(decode, (start,), nprocs=2)
+    processes.run_ranks(decode, start)
     alone = loss_of(network(start / "start"), slice(None))
     for rank in range(2):
         assert_close(torch.load(start / f"found-{rank}.pt"), alone.detach())
