@@ -187,6 +187,7 @@ def test_stored_rows_go_on_at_any_step_with_any_workers_and_ranks(encoder, tmp_p
 
 def test_a_parcel_is_what_was_put_in(encoder):
     prepared = reader(encoder)[0]
+    assert prepared.micro_batches
     again = Parcel.of(prepared).opened()
     for left, right in zip(prepared.micro_batches, again.micro_batches, strict=True):
         same(left, right)
