@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: bench-train bench-loader help setup demo test check lint types layers format bench-mining bench-fusion bench-features bench-llava bench-moe bench-moe-claims bench-nlvr bench-mome bench-continual clean
+.PHONY: bench-eval bench-train bench-loader help setup demo test check lint types layers format bench-mining bench-fusion bench-fusion-claims bench-features bench-llava bench-moe bench-moe-claims bench-nlvr bench-mome bench-continual bench-search clean
 
 help: ## What there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench-mining: .venv/.ready ## Patch mining: what it sees more, and what the abso
 bench-fusion: .venv/.ready ## Every fusion beside the others: tokens, parameters, time, memory
 	$(BIN)/python benchmarks/fusion_cost.py --out runs/bench-fusion/fusion_cost.json
 
+bench-fusion-claims: .venv/.ready ## Eagle's four findings on six fusions, frozen or not, aligned or not (an hour)
+	$(BIN)/python benchmarks/fusion_claims.py --out runs/bench-fusion-claims
+
 bench-features: .venv/.ready ## An epoch on features that are kept beside one that computes them
 	$(BIN)/python benchmarks/feature_cache.py --out runs/bench-features/feature_cache.json
 
@@ -73,8 +76,14 @@ bench-train: .venv/.ready ## Useful tokens a second beside transformers' LLaVA u
 bench-loader: .venv/.ready ## Pictures a second beside the usual path, and memory over 10,000 samples
 	$(BIN)/python benchmarks/loader_speed.py --out runs/bench-loader/loader_speed.json
 
+bench-eval: .venv/.ready ## Questions a second in judging: batches beside one by one, with the same answers
+	$(BIN)/python benchmarks/eval_speed.py --out runs/bench-eval/eval_speed.json
+
 bench-nlvr: .venv/.ready ## Human sentences: needs the NLVR data, see docs/systems/nlvr.md (up to an hour)
 	$(BIN)/vlmix train recipes/nlvr.yaml --out runs/nlvr
+
+bench-search: .venv/.ready ## The round robin over four small eyes: where it stops, and what sharing saves (6 minutes)
+	$(BIN)/python benchmarks/search.py --out runs/bench-search
 
 clean: ## Remove runs and caches, keep .venv
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,7 +1,7 @@
 """A few questions of every benchmark that has a scoring rule, each with a perfect answer."""
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Row
+from vlmix.core.sample import Row
 from vlmix.evals.scoring._judged import JudgedScorer
 
 _TYPES = {"structural": "query", "semantic": "attr", "detailed": "attrQ"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.scored_rows import PERFECT, free_protocols, rows
 from vlmix.core.errors import InputError
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import State
+from vlmix.core.sample import State
 
 ANSWERS = [
     "",

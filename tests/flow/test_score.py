@@ -124,7 +124,7 @@ def test_unknown_names_are_answered_with_the_known_ones(tmp_path):
     with pytest.raises(UnknownNameError, match=r"Did you mean 'chartqa'.*Known: .*vqav2"):
         vlmix("chart_qa", path)
     with pytest.raises(InputError, match=r"gpt4.* needs a judging model.*elements"):
-        vlmix("mmvet", jsonl(tmp_path / "open.jsonl", raw_rows("mmvet")))
+        vlmix("mmvet", jsonl(tmp_path / "open.jsonl", raw_rows("mmvet")), "--protocol", "gpt4")
     with pytest.raises(UnknownNameError, match=r"Did you mean 'qwen_vl'.*Known: lmms_eval, pix2struct"):
         vlmix("chartqa", path, "--protocol", "qwenvl")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Row
+from vlmix.core.sample import Row
 from vlmix.evals.scoring._captions import BLEU, Captioned, bleu, cider, rouge_l
 from vlmix.evals.scoring._ptb import tokenize
 

@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import box_iou
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Row
+from vlmix.core.sample import Row
 
 pytestmark = pytest.mark.parity
 SIZES = {"internvl": 1000, "qwen_vl": 999}

@@ -10,7 +10,7 @@ import pytest
 
 from vlmix.core.errors import InputError, JudgeError, RecipeError
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Row
+from vlmix.core.sample import Row
 from vlmix.core.settings import read_settings
 from vlmix.evals.judges.asking import Question, marks
 from vlmix.evals.judges.cassette import CassetteJudge

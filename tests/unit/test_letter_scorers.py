@@ -6,7 +6,7 @@ import pytest
 
 from vlmix.core.errors import InputError
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Row
+from vlmix.core.sample import Row
 
 FOUR = {"A": "cat", "B": "dog", "C": "red bus", "D": "two dogs"}
 

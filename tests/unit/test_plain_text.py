@@ -47,7 +47,7 @@ def by_hand(responder, before, text):
 
 def test_likelihoods_are_those_of_the_language_model(responder):
     pairs = [("The dog sat", " on the mat."), ("", "Hello there"), ("a", " b c d e f g h"), ("Is it", " red")]
-    for found, (before, text) in zip(responder.likelihoods(pairs, 3), pairs, strict=True):
+    for found, (before, text) in zip(responder.likelihoods(pairs), pairs, strict=True):
         nats, tokens, greedy = by_hand(responder, before, text)
         assert found.nats == pytest.approx(nats, abs=NATS)
         assert (found.tokens, found.greedy) == (tokens, greedy)

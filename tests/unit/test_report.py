@@ -15,6 +15,7 @@ from vlmix.core.errors import InputError
 from vlmix.core.interfaces import Benchmark
 from vlmix.core.sample import Answer, Decoding, ImageRef, Sample, Score, Turn
 from vlmix.core.settings import PartSettings
+from vlmix.evals.cost import RunCost
 from vlmix.evals.curves import Curve, Series, curves_of, read_curves, thinned, ticks
 from vlmix.evals.report import write_report
 from vlmix.evals.responder import CannedResponder
@@ -242,6 +243,52 @@ def test_thinning_keeps_short_lines_and_the_mean_of_long_ones():
     few = thinned(long, 240)
     assert len(few) == 240
     assert sum(y for _, y in few) / 240 == pytest.approx(sum(y for _, y in long) / 1200)
+
+
+class Points(Toy):
+    """As an official rule: points of 200, a percentage, and answers it cannot read."""
+
+    headline, units = "points", {"points": "points of 200", "right_percent": "%", "asked": "questions"}
+    protocol, source = "tool<b>", "owner/repository@1234 tool.py"
+
+    def score(self, sample, answer):
+        return replace(super().score(sample, answer), state="unparsed" if answer.text == "no" else "read")
+
+    def summarise(self, scores):
+        right = sum(score.value for score in scores) / len(scores)
+        both = sum(score.value for score in scores if score.sample_id < "s2") / len(scores)
+        return {"points": 100 * right + 50 * both, "right_percent": 100 * right, "asked": float(len(scores))}
+
+
+def test_figures_stand_in_their_own_unit_with_protocol_states_and_cost(tmp_path):
+    samples = samples_of(24)
+    samples[5] = replace(samples[5], defect="line 6: the picture <gone.png> is not there")
+    texts = {s.id: s.target if i % 4 else "no" for i, s in enumerate(samples)}
+    result = evaluate(CannedResponder(texts), Points(samples), blind=False)
+    cost = RunCost(12_000_000, 3_000_000, 24_000_000, 1, 576, 64, 2.5, 7.5e9)
+    page = Page(write_report(tmp_path / "r", "t", [result], costs=[cost]).read_text())
+    text = " ".join(" ".join(page.texts).split())
+    points = result.model.intervals["points"]
+    assert points.method == "jackknife"
+    assert f"{points.value:.1f}" in text
+    assert "points of 200 95 % interval" in text
+    assert f"{points.low:.1f} to {points.high:.1f}" in text
+    assert "70.8 50.8 to 85.1" in text, "percent are shares: Wilson's ends for 17 of 24"
+    assert "asked 24.000" in text
+    assert "tool<b>: owner/repository@1234 tool.py" in text
+    assert "6 unparsed" in text
+    assert "line 6: the picture <gone.png> is not there" in text
+    assert "12,000,000 parameters, 3,000,000 of them met by one token" in text
+    assert "answer of 2.5 tokens it takes 7.5 GFLOP" in text
+    (entry,) = json.loads((tmp_path / "r" / "results.json").read_text())["results"]
+    assert entry["states"] == {"read": 18, "unparsed": 6}
+    assert entry["unasked"] == {"s5": "line 6: the picture <gone.png> is not there"}
+    assert (entry["cost"]["flops"], entry["protocol"]["name"]) == (7.5e9, "tool<b>")
+    kept = json.loads((tmp_path / "r" / "replicates.json").read_text())["results"][0]
+    assert len(kept["figures"]["points"]) == 24
+    clock = json.loads((tmp_path / "r" / "timing.json").read_text())["toy"]
+    assert clock["peak_bytes"] > 1e6
+    assert clock["tokens_per_second"] is None, "answers made elsewhere took no time"
 
 
 def test_failed_answers_are_shown_as_failed(tmp_path):

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmix.core.errors import InputError
-from vlmix.core.sample import Score
-from vlmix.evals.statistics import figure_interval, mean_interval, paired_difference, wilson
+from vlmix.core.sample import Judged, Row, Score
+from vlmix.evals.jackknife import UNDETERMINED, figure_intervals
+from vlmix.evals.statistics import mean_interval, paired_difference, wilson
+from vlmix.evals.student import inside, quantile
 
 
 def scores_of(values, groups=None, prefix="q"):
@@ -22,7 +24,18 @@ def scores_of(values, groups=None, prefix="q"):
 
 
 def mean(scores):
-    return sum(score.value for score in scores) / len(scores)
+    return math.fsum(score.value for score in scores) / len(scores)
+
+
+def only(formulas, scores, **kwargs):
+    """The interval of the one figure there is; a formula that gives None is undefined."""
+    ((name, formula),) = formulas.items()
+
+    def summarise(some):
+        value = formula(some)
+        return {} if value is None else {name: value}
+
+    return figure_intervals(summarise, scores, **kwargs).intervals[name]
 
 
 @pytest.mark.parametrize(
@@ -63,8 +76,12 @@ def test_any_scores_give_an_interval_that_forgets_their_order(rows, random):
     assert math.isclose(found.value, mean(scores))
     assert mean_interval(shuffled, resamples=200) == found
     assert found == mean_interval(scores, resamples=200), "the same scores gave another interval"
-    by_figure = figure_interval(lambda s: math.fsum(x.value for x in s) / len(s), scores, resamples=50)
-    assert by_figure.low <= by_figure.value <= by_figure.high
+    assert figure_intervals(lambda s: {"mean": mean(s)}, scores).intervals["mean"].value == found.value
+    least = {"least": lambda s: min(x.value for x in s)}
+    one, other = (only(least, rows) for rows in (scores, shuffled))
+    assert one == other
+    assert 0 <= one.low <= one.value <= one.high <= 1
+    assert one.low < one.high, "never certain"
 
 
 def test_groups_that_agree_within_widen_the_interval():
@@ -82,6 +99,18 @@ def test_a_perfect_score_on_few_groups_is_not_certain():
     assert (found.low, found.n, found.groups) == (whole.low, 60, 10)
 
 
+def test_many_groups_need_no_drawing():
+    random = np.random.default_rng(4)
+    values = random.integers(0, 4, 9000) / 3
+    few, many = (
+        mean_interval(scores_of(values[:n], [f"g{i // 2}" for i in range(n)]), resamples=500)
+        for n in (7900, 9000)
+    )
+    assert (few.method, many.method) == ("cluster bootstrap", "linear standard error")
+    assert (many.high - many.low) / (few.high - few.low) == pytest.approx(math.sqrt(7900 / 9000), rel=0.05)
+    assert many.low < many.value < many.high
+
+
 def smallest_of_each_group(scores):
     by_group = {}
     for score in scores:
@@ -91,28 +120,97 @@ def smallest_of_each_group(scores):
 
 def test_a_figure_at_its_end_counts_only_the_groups_it_depends_on():
     scores = scores_of([1] * 60, [f"g{i // 6}" for i in range(60)])
-    found = figure_interval(lambda s: min([x.value for x in s if x.group < "g3"], default=None), scores)
+    found = only({"least": lambda s: min([x.value for x in s if x.group < "g3"], default=None)}, scores)
     assert found.low == wilson(1.0, 3).low
     mixed = scores_of([0, 1, 1] * 20, [f"g{i // 3}" for i in range(60)])
-    never = figure_interval(lambda s: float(np.mean(smallest_of_each_group(s))), mixed)
+    never = only({"never": lambda s: float(np.mean(smallest_of_each_group(s)))}, mixed)
     assert (never.value, never.high) == (0.0, wilson(0.0, 20).high)
+    points = {"points": lambda s: 200 * float(np.mean(smallest_of_each_group(s)))}
+    assert only(points, scores, units={"points": "points of 200"}).method == UNDETERMINED
+    percent = only({"percent": lambda s: 100 * float(np.mean(smallest_of_each_group(s)))}, scores)
+    assert percent.method == UNDETERMINED, "100 is no share of 1"
+    percent = {"percent": lambda s: 100 * float(np.mean(smallest_of_each_group(s)))}
+    found = only(percent, scores, units={"percent": "%"})
+    assert (found.low, found.high) == (100 * wilson(1.0, 10).low, 100)
 
 
 def test_a_mean_over_whole_tasks_is_recognised_and_nothing_else():
     scores = [replace(s, task=f"t{i % 3}") for i, s in enumerate(scores_of([1, 0, 1, 1, 1, 0] * 30))]
     two = [s for s in scores if s.task != "t1"]
-    found = figure_interval(lambda s: mean([x for x in s if x.task != "t1"] or s), scores)
+    found = only({"two": lambda s: mean([x for x in s if x.task != "t1"] or s)}, scores)
     assert found == mean_interval(two)
-    macro = figure_interval(lambda s: (mean([x for x in s if x.task == "t0"] or s) + mean(s)) / 2, scores)
-    assert macro.method == "cluster bootstrap"
+    macro = {"macro": lambda s: (mean([x for x in s if x.task == "t0"] or s) + mean(s)) / 2}
+    assert only(macro, scores).method == "jackknife, wilson"
 
 
-def test_a_group_drawn_twice_counts_as_two_groups():
-    scores = scores_of([1, 1, 1, 0] * 30, [f"g{i // 2}" for i in range(120)])
-    found = figure_interval(lambda s: float(np.mean(smallest_of_each_group(s))), scores)
-    assert found.value == 0.5
-    assert math.isclose(found.low, wilson(0.5, 60).low, abs_tol=0.02)
-    assert math.isclose(found.high, wilson(0.5, 60).high, abs_tol=0.02)
+def official(scores):
+    """As an official rule: it reads rows and judgements, never values; one row is not counted."""
+    rows = [(s.row.fields["task"], s.judged.value) for s in scores if s.counted]
+    found = {
+        task: 100 * float(np.mean([v for t, v in rows if t == task])) for task in sorted({t for t, _ in rows})
+    }
+    return {"overall": 100 * float(np.mean([v for _, v in rows])), **found}
+
+
+def test_a_mean_is_recognised_where_a_rule_reads_rows_and_not_values():
+    random = np.random.default_rng(3)
+    scores = [
+        replace(
+            s, task=f"t{i % 3}", row=Row(s.sample_id, "", "", {"task": f"t{i % 3}"}), judged=Judged(s.value)
+        )
+        for i, s in enumerate(scores_of((random.random(300) < 0.7).astype(float)))
+    ]
+    scores[7] = replace(scores[7], counted=False)
+    found = figure_intervals(official, scores, units=dict.fromkeys(["overall", "t0", "t1", "t2"], "%"))
+    whole, part = found.intervals["overall"], found.intervals["t1"]
+    counted = mean_interval([s for s in scores if s.counted])
+    assert (whole.low, whole.high, whole.n) == (100 * counted.low, 100 * counted.high, 299)
+    assert part.method == "wilson"
+    assert part.n == 99
+    assert {*found.replicates} == {"overall", "t0", "t1", "t2"}, "another run may be no mean of values"
+
+
+def test_figures_in_other_units_and_sums_keep_them():
+    random = np.random.default_rng(8)
+    scores = scores_of((random.random(400) < 0.25).astype(float), [f"g{i // 2}" for i in range(400)])
+    points = {"points": lambda s: 2000 * float(np.mean(smallest_of_each_group(s)))}
+    found = only(points, scores, units={"points": "points of 2000"})
+    share = float(np.mean(smallest_of_each_group(scores)))
+    assert found.method == "jackknife"
+    assert found.high - found.value == pytest.approx(
+        2000 * 1.98 * math.sqrt(share * (1 - share) / 200), rel=0.25
+    )
+    total = only({"right": lambda s: math.fsum(x.value for x in s)}, scores, units={"right": "answers"})
+    assert total.high - total.value == pytest.approx(1.98 * math.sqrt(400 * 0.25 * 0.75), rel=0.25)
+    late = [replace(s, task="rare" if s.sample_id in {"q0", "q1"} else "t") for s in scores]
+    rare = only({"rare": lambda s: 1.0 if any(x.task == "rare" for x in s) else None}, late)
+    assert rare.low == wilson(1.0, 1).low, "one group holds all of the rare task"
+
+
+def f1(scores):
+    hit, false, missed = (sum(s.parsed == kind for s in scores) for kind in ("hit", "false", "missed"))
+    return 2 * hit / max(2 * hit + false + missed, 1)
+
+
+@pytest.mark.parametrize("kind", ["consistency", "f1"])
+def test_the_truth_lies_inside_about_95_times_in_100_for_figures_that_are_no_means(kind):
+    groups, random, inside_ = 40, np.random.default_rng(40), 0
+    truth = {"consistency": 0.7 * 0.8**2 + 0.3 * 0.99**2, "f1": 2 * 0.8 / (2 * 0.8 + 0.2 + 0.2)}[kind]
+    formula = {"consistency": lambda s: float(np.mean(smallest_of_each_group(s))), "f1": f1}[kind]
+    for trial in range(120):
+        rates = np.where(random.random(groups) < 0.3, 0.99, 0.8)
+        values = (random.random((groups, 2)) < rates[:, None]).astype(float).ravel()
+        names = random.choice(["hit", "missed", "false", "none"], 2 * groups, p=[0.4, 0.1, 0.1, 0.4])
+        rows = scores_of(values, [f"g{i // 2}" for i in range(2 * groups)])
+        rows = [replace(s, parsed=str(name)) for s, name in zip(rows, names, strict=True)]
+        found = only({kind: formula}, rows, seed=trial)
+        inside_ += found.low <= truth <= found.high
+    assert 0.91 <= inside_ / 120 <= 0.99
+
+
+def test_students_t_is_that_of_the_tables():
+    assert [round(quantile(0.95, n), 3) for n in (1, 2, 10, 39, 99)] == [12.706, 4.303, 2.228, 2.023, 1.984]
+    assert round(inside(3.169, 10), 3) == 0.99
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["alone", "grouped"])

@@ -3,7 +3,7 @@
 import pytest
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Row
+from vlmix.core.sample import Row
 
 
 def values(name, protocol, gold, *answers, **fields):

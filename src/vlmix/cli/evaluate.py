@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from vlmix.cli.console import err, out
-from vlmix.core.errors import InputError
-from vlmix.core.parts import BENCHMARKS
+from vlmix.cli.eval_options import (
+    BatchOption,
+    BenchmarkOption,
+    ChooseOption,
+    DataOption,
+    FromOption,
+    KeyOption,
+    LimitOption,
+    ModelArgument,
+    ModelNameOption,
+    OutOption,
+    RoutingOption,
+    SettingsOption,
+)
+from vlmix.cli.judge_option import (
+    KEY_VARIABLE,
+    JudgeKeyOption,
+    JudgeModelOption,
+    JudgeOption,
+    JudgeRulesOption,
+    judge_of,
+    with_judge,
+)
+from vlmix.cli.subject import Subject
+from vlmix.cli.wanted import changed, wanted
+from vlmix.core.errors import InputError, UnknownNameError
+from vlmix.core.sample import Choice, Decoding
 
 if TYPE_CHECKING:
     from vlmix.evals.routing import RoutingReport
     from vlmix.evals.run import EvalResult
 
-_RECIPE = "recipe.yaml"
-
 
 def evaluate(  # noqa: PLR0913, PLR0917 - each is an option of the command
-    model: Path = typer.Argument(help="A model folder or a run folder."),
-    benchmark: str = typer.Option(
-        "",
-        "--benchmark",
-        "-b",
-        help="One name or several, separated by commas; those of the run's recipe if left out.",
-        show_default=False,
-    ),
-    data: Path = typer.Option(None, "--data", help="Folder of the benchmark's data, where it needs one."),
-    limit: int = typer.Option(None, "--limit", min=1, help="Ask only the first so many questions."),
-    out_dir: Path = typer.Option(None, "--out", help="Report folder; MODEL/report-BENCHMARK if left out."),
-    batch_size: int = typer.Option(64, "--batch-size", min=1, help="Questions answered at once."),
-    settings: list[str] = typer.Option([], "--set", help="A benchmark setting as key=value, such as seed=7."),
-    routing: bool = typer.Option(
-        False,
-        "--routing",
-        help="Watch the experts while they answer: adds their load, paths, pictures of who sees which "
-        "patch, and a verdict to the report, and writes routing.json.",
-    ),
+    model: ModelArgument = "",
+    benchmark: BenchmarkOption = "",
+    data: DataOption = None,
+    limit: LimitOption = None,
+    out_dir: OutOption = None,
+    batch_size: BatchOption = None,
+    settings: SettingsOption = [],  # noqa: B006 - typer reads it
+    choose: ChooseOption = "text",
+    routing: RoutingOption = False,
+    answers: FromOption = None,
+    model_name: ModelNameOption = "",
+    key_variable: KeyOption = KEY_VARIABLE,
+    judge: JudgeOption = [],  # noqa: B006 - typer reads it
+    judge_model: JudgeModelOption = "",
+    judge_key_variable: JudgeKeyOption = KEY_VARIABLE,
+    judge_rules: JudgeRulesOption = None,
 ) -> None:
     """Judge MODEL on benchmarks and write report.html, results.json and answers.jsonl.
 
@@ -49,81 +69,91 @@ def evaluate(  # noqa: PLR0913, PLR0917 - each is an option of the command
     A run folder is judged as its recipe says: a benchmark under `evals` keeps the settings and the limit it
     has there, except what --set, --data and --limit change. Other benchmarks have their own defaults.
 
+    Answers are kept as they are given: a run that was stopped goes on where it was when the same command is
+    given again. `torchrun --nproc-per-node 2 -m vlmix eval ...` shares the questions among processes. The
+    files are the same, byte for byte.
+
     --routing counts every token of the questions and answers once, by layer, expert and whether it is of a
     picture or text; the controls are not counted. An expert's number means nothing outside its own layer.
     """
-    wanted = _wanted(model, [name for name in benchmark.split(",") if name])
-    names = list(dict.fromkeys(str(raw["kind"]) for raw, _ in wanted))
-    wanted = [(_changed(raw, data, settings), limit or own) for raw, own in wanted]
+    subject, choice = _subject(model, answers, model_name, key_variable), _choice(choose)
+    raws = wanted(subject.folder, [name for name in benchmark.split(",") if name])
+    marker = judge_of(judge, judge_model, judge_key_variable)
+    marked = with_judge([changed(raw, data, settings) for raw, _ in raws], marker, judge_rules)
+    raws = [(raw, limit or own) for raw, (_, own) in zip(marked, raws, strict=True)]
+    if out_dir is None and subject.folder is None:
+        raise InputError("there is no model folder to put the report into: say where with --out DIR")
+    names = "-".join(dict.fromkeys(str(raw["kind"]) for raw, _ in raws))
+    target = out_dir or Path(model) / f"report-{names}"
 
-    from vlmix.cli.flow import judge, judge_watched, open_benchmark
-    from vlmix.core.sample import Decoding
-    from vlmix.evals.report import check_report_folder, write_report
+    decoding = Decoding(batch_size=batch_size or (8 if subject.url else 64), choose=choice)
+    _judge(subject, raws, decoding, target, routing=routing)
+
+
+def _judge(
+    subject: Subject,
+    raws: Sequence[tuple[dict[str, object], int | None]],
+    decoding: Decoding,
+    target: Path,
+    *,
+    routing: bool,
+) -> None:
+    """Judge, write the report and show what came of it; on other processes than the first, answer only."""
+    from vlmix.cli.flow import open_benchmark
+    from vlmix.cli.judging import judge_subject
+    from vlmix.evals.cost import run_costs
+    from vlmix.evals.report import write_report
     from vlmix.models.loading import model_folder
 
-    folder, target = model_folder(model), out_dir or model / f"report-{'-'.join(names)}"
-    check_report_folder(target)
-    benchmarks = [(open_benchmark(raw), most) for raw, most in wanted]
-    decoding, seen = Decoding(batch_size=batch_size), None
-    if routing:
-        results, seen = judge_watched(folder, benchmarks, decoding)
-    else:
-        results = judge(folder, benchmarks, decoding)
-    write_report(target, f"{model} on {', '.join(names)}", results, routing=seen)
-    show_results(results)
-    if seen is not None:
-        show_routing(seen)
+    if subject.folder is not None:
+        model_folder(subject.folder)
+    benchmarks = [(open_benchmark(raw), most) for raw, most in raws]
+    with judge_subject(subject, benchmarks, decoding, target, routing=routing) as judged:
+        if judged is None:
+            return
+        title = f"{subject.title} on {', '.join(dict.fromkeys(str(raw['kind']) for raw, _ in raws))}"
+        costs = run_costs(model_folder(subject.folder), judged.results) if subject.folder else ()
+        write_report(target, title, judged.results, notes=judged.notes, routing=judged.routing, costs=costs)
+    err().print(judged.summary, markup=False, soft_wrap=True)
+    for note in judged.notes:
+        err().print(note, style="yellow", markup=False, soft_wrap=True)
+    show_results(judged.results)
+    if judged.routing is not None:
+        show_routing(judged.routing)
     out().print(f"report  {target / 'report.html'}")
 
 
-def _wanted(model: Path, names: list[str]) -> list[tuple[dict[str, object], int | None]]:
-    """Raw settings and limit of every benchmark that is asked for, as the recipe of the run has them.
+def _subject(model: str, answers: Path | None, model_name: str, key_variable: str) -> Subject:
+    """Who is judged.
 
     Raises:
-        InputError: if none is named and MODEL is no run whose recipe names one.
-        UnknownNameError: if there is no such benchmark.
+        InputError: if nobody is named, or two are.
 
     """
-    for name in names:
-        if name not in BENCHMARKS.names():
-            BENCHMARKS.get(name)
-    judged = _of_recipe(model / _RECIPE) if (model / _RECIPE).is_file() else []
-    if not (names or judged):
-        raise InputError(
-            f"{model}: no benchmark is named, and there is no run whose recipe names one under `evals`. Give "
-            f"--benchmark, one of: {', '.join(BENCHMARKS.names())}"
-        )
-    wanted: list[tuple[dict[str, object], int | None]] = []
-    for name in names or dict.fromkeys(str(raw["kind"]) for raw, _ in judged):
-        own = [(raw, limit) for raw, limit in judged if raw["kind"] == name]
-        for raw, limit in own:
-            told = [f"{key}={value}" for key, value in raw.items() if key != "kind"]
-            most = [] if limit is None else [f"--limit {limit}"]
-            words = " ".join([name, *told, *most])
-            err().print(f"as in {model / _RECIPE}: {words}", markup=False, soft_wrap=True)
-        wanted += own or [({"kind": name}, None)]
-    return wanted
+    if (answers is None) == (not model):
+        raise InputError("name a MODEL to judge, or a file of answers with --from, and not both")
+    if answers is not None:
+        return Subject(title=answers.name, answers=answers)
+    if model.startswith(("http://", "https://")):
+        if not model_name:
+            raise InputError(f"{model}: say with --model-name which of the server's models is to answer")
+        return Subject(title=model_name, url=model, model_name=model_name, key_variable=key_variable)
+    if model_name:
+        raise InputError("--model-name is for servers; MODEL is a folder")
+    return Subject(title=model, folder=Path(model))
 
 
-def _of_recipe(path: Path) -> list[tuple[dict[str, object], int | None]]:
-    """The benchmarks of a recipe with their limits; nothing else of it is looked at."""
-    from vlmix.core.settings import read_settings
-    from vlmix.train.recipe import EvalSettings
-    from vlmix.train.yaml_file import read_yaml
+def _choice(name: str) -> Choice:
+    """The way of choosing that is so called.
 
-    raws = read_yaml(path).get("evals") or []
-    judged = [read_settings(EvalSettings, raw, f"{path}: evals.{index}") for index, raw in enumerate(raws)]
-    return [(dict(each.benchmark), each.limit) for each in judged]
+    Raises:
+        UnknownNameError: if there is none.
 
-
-def _changed(raw: dict[str, object], data: Path | None, settings: list[str]) -> dict[str, object]:
-    from vlmix.train.recipe_file import with_overrides
-
-    if data is not None:
-        if not data.exists():
-            raise InputError(f"--data {data}: no such folder")
-        raw = {**raw, "path": str(data)}
-    return with_overrides(raw, settings)
+    """
+    known = {each: each for each in get_args(Choice)}
+    if name not in known:
+        raise UnknownNameError("way to choose", name, known)
+    return known[name]
 
 
 def show_routing(seen: RoutingReport) -> None:
@@ -138,7 +168,7 @@ def show_routing(seen: RoutingReport) -> None:
     out().print(f"  {seen.rules}", style="dim", markup=False, soft_wrap=True)
 
 
-def show_results(results: list) -> None:
+def show_results(results: Sequence[EvalResult]) -> None:
     """Print each benchmark's figures beside its controls."""
     for result in results:
         table = Table(
@@ -149,6 +179,8 @@ def show_results(results: list) -> None:
         for name in result.model.figures:
             table.add_row(*_cells(result, name))
         out().print(table)
+        if result.note:
+            out().print(result.note, style="yellow", markup=False, soft_wrap=True)
         if result.model.failed:
             out().print(
                 f"[yellow]{result.model.failed} questions could not be asked; they count as wrong.[/]"

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
+from vlmix.cli.asking import AskingProgress
 from vlmix.cli.console import err, process_number
 from vlmix.core.interfaces import Benchmark
 from vlmix.core.parts import BENCHMARKS, read_part
 from vlmix.core.sample import Decoding
+from vlmix.evals.cost import run_costs
 from vlmix.evals.forgetting import ForgettingMatrix
 from vlmix.evals.report import read_curves, write_report
 from vlmix.evals.responder import ModelResponder
 from vlmix.evals.routing import RoutingReport, routing_report
 from vlmix.evals.run import EvalResult, evaluate
 from vlmix.evals.window import RoutingWindow
-from vlmix.models.loading import load
+from vlmix.models.loading import load, model_folder
 from vlmix.train.recipe import LANGUAGE, Recipe
 from vlmix.train.records import read_metrics
 from vlmix.train.run import run_recipe
@@ -44,6 +44,7 @@ def train_and_judge(recipe: Recipe, folder: Path, *, resume: bool) -> list[EvalR
         curves=read_curves(folder / "metrics.jsonl"),
         recipe_text=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         notes=[*recipe.fidelity, _rows_note(folder)],
+        costs=run_costs(model_folder(folder), results),
     )
     return results
 
@@ -82,11 +83,12 @@ def open_benchmark(raw: dict[str, Any]) -> Benchmark:
 
 def judge(model_path: Path, asked: Sequence[Asked], decoding: Decoding | None = None) -> list[EvalResult]:
     """Ask the model at ``model_path`` every benchmark's questions, with progress on standard error."""
-    return _asked_all(ModelResponder(*load(model_path)), asked, decoding)
+    with AskingProgress(err()) as progress:
+        return _asked_all(ModelResponder(*load(model_path)), asked, decoding, progress)
 
 
 def judge_watched(
-    model_path: Path, asked: Sequence[Asked], decoding: Decoding | None = None
+    model_path: Path, asked: Sequence[Asked], decoding: Decoding, progress: AskingProgress
 ) -> tuple[list[EvalResult], RoutingReport]:
     """The same, and what its experts did while it answered.
 
@@ -96,7 +98,7 @@ def judge_watched(
     """
     model, processor = load(model_path)
     window, responder = RoutingWindow(model, processor), ModelResponder(model, processor)
-    results = _asked_all(responder, asked, decoding, window)
+    results = _asked_all(responder, asked, decoding, progress, window)
     return results, routing_report(window, [sample for result in results for sample in result.samples])
 
 
@@ -104,32 +106,19 @@ def _asked_all(
     responder: ModelResponder,
     asked: Sequence[Asked],
     decoding: Decoding | None,
+    progress: AskingProgress,
     window: RoutingWindow | None = None,
 ) -> list[EvalResult]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err()) as bars:
-        return [
-            evaluate(
-                window.watch(responder) if window else responder,
-                benchmark,
-                decoding,
-                limit=limit,
-                progress=_Bars(bars, benchmark.settings.kind),
-            )
-            for benchmark, limit in asked
-        ]
-
-
-class _Bars:
-    """One bar for each thing a benchmark asks; called as (what, done, in all)."""
-
-    def __init__(self, bars: Progress, name: str) -> None:
-        self._bars, self._name, self._rows = bars, name, dict[str, TaskID]()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self._rows:
-            self._rows[what] = self._bars.add_task(f"{self._name}: {what}", total=total)
-        self._bars.update(self._rows[what], completed=done)
+    return [
+        evaluate(
+            window.watch(responder) if window else responder,
+            benchmark,
+            decoding,
+            limit=limit,
+            progress=progress.of(benchmark.settings.kind),
+        )
+        for benchmark, limit in asked
+    ]
 
 
 def _rows_note(folder: Path) -> str:

@@ -11,6 +11,9 @@ from vlmix.cli.console import out
 from vlmix.convert.registry import FAMILIES
 from vlmix.core.errors import UnknownNameError
 from vlmix.core.parts import BENCHMARKS, ENCODERS, FUSIONS, PROJECTORS, ROUTERS, SCORERS, SOURCES, VIEWS
+from vlmix.evals.diagnostics import DIAGNOSTICS
+from vlmix.search.grid_file import find_grid, shipped_grids
+from vlmix.search.strategies import STRATEGIES
 from vlmix.train.continual import CONTINUAL
 from vlmix.train.optimizers import OPTIMIZERS
 from vlmix.train.recipe_file import find_recipe, shipped_recipes
@@ -24,24 +27,27 @@ _REGISTRIES = {
     "sources": SOURCES,
     "benchmarks": BENCHMARKS,
     "scorers": SCORERS,
+    "diagnostics": DIAGNOSTICS,
     "optimizers": OPTIMIZERS,
     "continual": CONTINUAL,
     "families": FAMILIES,
+    "strategies": STRATEGIES,
 }
 
 
 def list_parts(
     what: str = typer.Argument(
         "",
-        help="encoders, views, fusion, projectors, routers, sources, benchmarks, scorers, optimizers, "
-        "continual, families, recipes; all if left out.",
+        help="encoders, views, fusion, projectors, routers, sources, benchmarks, scorers, "
+        "diagnostics, optimizers, continual, families, recipes; all if left out.",
     ),
 ) -> None:
     """List the parts, data sources, benchmarks and recipes that vlmix ships or finds in plugins.
 
-    Families are the published checkpoints that `vlmix convert` reads and writes.
+    Families are the published checkpoints that `vlmix convert` reads and writes; strategies and grids are for
+    `vlmix search`.
     """
-    kinds = [*_REGISTRIES, "recipes"]
+    kinds = [*_REGISTRIES, "recipes", "grids"]
     if what and what not in kinds:
         raise UnknownNameError("list", what, kinds)
     for kind in [what] if what else kinds:
@@ -59,6 +65,8 @@ def list_parts(
 def _rows(kind: str) -> list[tuple[str, str]]:
     if kind == "recipes":
         return [(name, _first_comment(find_recipe(name, Path()))) for name in shipped_recipes()]
+    if kind == "grids":
+        return [(name, _first_comment(find_grid(name))) for name in shipped_grids()]
     registry = _REGISTRIES[kind]
     if kind == "scorers":
         return [(name, f"{registry.summary(name)} {_protocols(name)}") for name in registry.names()]

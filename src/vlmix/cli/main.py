@@ -11,7 +11,21 @@ import sys
 import typer
 
 from vlmix import __version__
-from vlmix.cli import chat, convert, data, demo, doctor, evaluate, inspect, listing, score, train
+from vlmix.cli import (
+    chat,
+    compare,
+    convert,
+    data,
+    demo,
+    diagnose,
+    doctor,
+    evaluate,
+    inspect,
+    listing,
+    score,
+    search,
+    train,
+)
 from vlmix.cli.console import fail
 from vlmix.core.errors import DiskFullError, VlmixError
 
@@ -30,9 +44,12 @@ app.command("plan")(inspect.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("score")(score.score)
+app.command("compare")(compare.compare)
+app.command("diagnose")(diagnose.diagnose)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
 app.add_typer(data.app, name="data")
+app.command("search")(search.search)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 

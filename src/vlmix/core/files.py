@@ -17,6 +17,7 @@ import shutil
 import socket
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -201,13 +202,17 @@ def discard(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def recover(parent: Path) -> None:
-    """Undo what writers that were killed left half done under ``parent``; for the owner of the lock only."""
-    for path in parent.glob(f".*{_ASIDE}"):
+def recover(parent: Path, name: str = "") -> None:
+    """Undo what writers that were killed left half done under ``parent``; for the owner of the lock only.
+
+    With ``name`` only what was to be so called.
+    """
+    prefix = f".{escape(name)}." if name else "."
+    for path in parent.glob(f"{prefix}*{_ASIDE.removeprefix('.') if name else _ASIDE}"):
         folder = path.with_name(path.name.removeprefix(".").removesuffix(_ASIDE))
         if not folder.exists():
             path.rename(folder)
-    for path in parent.glob(f".*{_UNFINISHED}"):
+    for path in parent.glob(f"{prefix}*{_UNFINISHED}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

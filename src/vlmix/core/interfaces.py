@@ -291,18 +291,27 @@ class Source(ABC):
 class Benchmark(ABC):
     """A set of questions, how one answer is scored, and the official formula that sums up.
 
-    ``units`` names the figures that are no share of 1, with the unit they are in. Where ``canned`` is not
-    set, answers made elsewhere cannot be judged: more than answers is asked.
+    ``headline`` is the figure that stands for all. ``units`` names the figures that are no share of 1, with
+    the unit they are in. ``protocol`` is the rule by which answers are scored, with its ``source``, where
+    there are several; ``note`` is what a reader of its figures has to know. Where ``canned`` is not set,
+    answers made elsewhere cannot be judged: more than answers is asked.
     """
 
     settings_class: ClassVar[type[PartSettings]]
-    headline: ClassVar[str]
+    headline: str
+    protocol: str = ""
+    source: str = ""
+    note: str = ""
     paper: ClassVar[str] = ""
     units: Mapping[str, str] = {}
     canned: ClassVar[bool] = True
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+
+    def unit(self, figure: str) -> str:
+        """The unit of a figure; empty for a share of 1."""
+        return self.units.get(figure, "")
 
     @abstractmethod
     def samples(self) -> Sequence[Sample]:
@@ -316,9 +325,16 @@ class Benchmark(ABC):
     def score(self, sample: Sample, answer: Answer) -> Score:
         """Judge one answer; a failed answer scores 0 and stays in the denominator."""
 
+    def judge(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Score]:
+        """Judge all answers, in order: for rules under which questions depend on one another."""
+        return [self.score(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
+
     @abstractmethod
     def summarise(self, scores: Sequence[Score]) -> Mapping[str, float]:
-        """The benchmark's figures, 0..1, by name; contains ``headline``. Order does not matter."""
+        """The benchmark's figures by name, shares of 1 unless ``units`` says otherwise; has ``headline``.
+
+        Order does not matter, and any part of the scores can be summed up, if whole groups are in it.
+        """
 
     @classmethod
     @abstractmethod

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant"]
 State = Literal["read", "unparsed", "guessed", "missing", "failed"]
 """An answer was read; could not be read by the rule; was then guessed for; is not there; its judge failed."""
+Choice = Literal["text", "likelihood", "mean_likelihood"]
+"""How an option is taken: the model says it, or it is the likeliest, whole or by the token."""
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
 
@@ -81,7 +83,9 @@ class Sample:
     """One example: a conversation, and for judging the ``target`` its next answer should match.
 
     ``task`` groups samples in reports and mixes; ``group`` names the unit that is independent of the
-    others (a sentence shown with several pictures is one group), which intervals resample.
+    others (a sentence shown with several pictures is one group), which intervals resample. A ``defect`` says
+    why it cannot be asked: it is not, and counts as wrong. ``options`` are the answers among which a model
+    may choose by their likelihood.
     """
 
     id: str
@@ -91,6 +95,8 @@ class Sample:
     group: str = ""
     language: str = "en"
     meta: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    defect: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -114,11 +120,41 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """One question with the answer given to it; ``answer`` is None where there is none.
+
+    ``fields`` are those of the question that the scorer names; ``gold`` is a text, or all accepted ones.
+    """
+
+    id: str
+    gold: Json
+    answer: str | None
+    fields: Mapping[str, Json] = field(default_factory=dict[str, Json])
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a protocol makes of one row.
+
+    ``value`` is in the protocol's own unit, None where it gives none (a row that it skips, a division by
+    zero). ``parsed`` is how it understood the answer. ``state`` tells an answer that was read from one that
+    the rule could not read, one for which it then guessed, one that is not there, and one whose judge
+    failed. ``detail`` holds further numbers of the row, such as BLEU beside CIDEr.
+    """
+
+    value: float | None
+    parsed: str = ""
+    state: State = "read"
+    detail: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """One judged answer: ``value`` in 0..1, how the answer was understood, and its task and group.
 
     ``counts`` are what figures that are no mean of values add up, such as bits and bytes. ``state`` says how
-    the answer came to its value.
+    the answer came to its value. Official rules sum up ``row`` and ``judged``. A question that is asked only
+    to judge others by is not ``counted`` in means.
     """
 
     sample_id: str
@@ -128,13 +164,17 @@ class Score:
     group: str = ""
     counts: Mapping[str, float] = field(default_factory=dict[str, float])
     state: State = "read"
+    row: Row | None = None
+    judged: Judged | None = None
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How answers are produced: greedy unless ``temperature`` is above 0.
 
-    With ``plain`` what was said last is gone on with as it stands, outside any conversation.
+    With ``plain`` what was said last is gone on with as it stands, outside any conversation. ``choose`` says
+    how samples with options are answered.
     """
 
     max_new_tokens: int = 32
@@ -142,6 +182,7 @@ class Decoding:
     beams: int = 1
     batch_size: int = 64
     plain: bool = False
+    choose: Choice = "text"
 
 
 class Responder(Protocol):

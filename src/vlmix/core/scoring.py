@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vlmix.core.sample import Json, State
+from vlmix.core.sample import Judged, Row
 
 Summary = Mapping[str, "float | Summary"]
 """A protocol's aggregates as its own script reports them, in groups where it has groups."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One question with the answer given to it; ``answer`` is None where there is none.
-
-    ``fields`` are those of the question that the scorer names; ``gold`` is a text, or all accepted ones.
-    """
-
-    id: str
-    gold: Json
-    answer: str | None
-    fields: Mapping[str, Json] = field(default_factory=dict[str, Json])
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What a protocol makes of one row.
-
-    ``value`` is in the protocol's own unit, None where it gives none (a row that it skips, a division by
-    zero). ``parsed`` is how it understood the answer. ``state`` tells an answer that was read from one that
-    the rule could not read, one for which it then guessed, one that is not there, and one whose judge
-    failed. ``detail`` holds further numbers of the row, such as BLEU beside CIDEr.
-    """
-
-    value: float | None
-    parsed: str = ""
-    state: State = "read"
-    detail: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +45,27 @@ class Scorer(ABC):
     @abstractmethod
     def summarise(self, rows: Sequence[Row], judged: Sequence[Judged], protocol: str) -> Summary:
         """The aggregates, as the protocol's own script computes them from these rows."""
+
+    def failed(self, row: Row, judged: Judged, protocol: str) -> Judged:
+        """What the judgement of a question that could not be asked becomes: wrong, and counted as such.
+
+        An official script never sees such a question; its ``judged`` is that of no answer.
+        """
+        del row, protocol
+        return replace(judged, value=0.0, state="failed", detail=dict.fromkeys(judged.detail, 0.0))
+
+
+def flat(summary: Summary, above: str = "") -> Iterator[tuple[str, float]]:
+    """Every figure of nested groups, by its path with dots."""
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def unit_of(figure: str, units: Mapping[str, str]) -> str:
+    """The unit of a figure, or of the nearest group around it that has one; empty for a share of 1."""
+    while figure not in units and "." in figure:
+        figure = figure.rpartition(".")[0]
+    return units.get(figure, "")

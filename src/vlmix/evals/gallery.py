@@ -66,15 +66,16 @@ def _card(sample: Sample, answer: Answer, score: Score) -> Card:
         task=sample.task,
         pictures=[picture_of(image) for image in sample.images[:_PICTURES]],
         hidden_pictures=max(0, len(sample.images) - _PICTURES),
-        question=_short(question_of(sample).turns[-1].text.strip()),
-        answer=_short(answer.text),
-        expected=_short(" or ".join(targets_of(sample))),
-        error=_short(answer.error),
+        question=shortened(question_of(sample).turns[-1].text.strip()),
+        answer=shortened(answer.text),
+        expected=shortened(" or ".join(targets_of(sample))),
+        error=shortened(answer.error),
         value=score.value,
     )
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
+    """The text, cut where it is longer than a card."""
     return text if len(text) <= _LETTERS else text[:_LETTERS] + "…"
 
 
@@ -83,7 +84,7 @@ def picture_of(reference: ImageRef) -> Picture:
     try:
         image = reference.open()
     except ImageError as error:
-        return Picture("", pixelated=False, problem=_short(str(error)))
+        return Picture("", pixelated=False, problem=shortened(str(error)))
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)

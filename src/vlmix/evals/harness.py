@@ -1,61 +1,65 @@
-"""A responder in the shape that lm-evaluation-harness asks for: three questions about plain text."""
+"""lm-evaluation-harness's model ``vlmix``; ``python -m vlmix.evals.harness`` is its command with it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import simple_parse_args_string  # pyright: ignore[reportMissingImports]
 
-from vlmix.core.sample import Decoding, Responder, Sample, Turn
-from vlmix.evals.plain_text import telling
+from vlmix.core.sample import Decoding, Responder
+from vlmix.evals.bridges import PlainRequests
+from vlmix.evals.opened import opened
 
 
+@register_model("vlmix")
 class HarnessModel(LM):
-    """Answers the harness without any chat template.
-
-    Documents longer than the context are read in windows that overlap by half, where the harness's own
-    models start each window afresh: the figures of such documents are a little better here.
-    """
+    """Answers the harness without any chat template; made from ``pretrained``, a model or run folder."""
 
     def __init__(self, responder: Responder, decoding: Decoding) -> None:
         super().__init__()
-        self.responder, self.decoding = responder, decoding
+        self.asked = PlainRequests(responder, decoding)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
+    ) -> Self:
+        """From the harness's ``--model_args``, such as ``pretrained=runs/two_eyes``.
+
+        Raises:
+            InputError: if an argument is none that vlmix knows.
+            CheckpointError: if there is no such model.
+
+        """
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> Self:
+        """The same from arguments by name.
+
+        Raises:
+            InputError: if an argument is none that vlmix knows.
+            CheckpointError: if there is no such model.
+
+        """
+        return cls(*opened({**(additional_config or {}), **arg_dict}))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """The log of how likely each continuation is, and whether it is the greedy one.
-
-        Raises:
-            InputError: if the responder cannot tell.
-
-        """
-        pairs = [(str(request.args[0]), str(request.args[1])) for request in requests]
-        told = telling(self.responder).likelihoods(pairs, self.decoding.batch_size)
-        return [(-found.nats, found.greedy) for found in told]
+        """The log of how likely each continuation is, and whether it is the greedy one."""
+        return self.asked.loglikelihood(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """The log of how likely each whole text is.
-
-        Raises:
-            InputError: if the responder cannot tell.
-
-        """
-        pairs = [("", str(request.args[0])) for request in requests]
-        told = telling(self.responder).likelihoods(pairs, self.decoding.batch_size)
-        return [-found.nats for found in told]
+        """The log of how likely each whole text is."""
+        return self.asked.loglikelihood_rolling(requests)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """How each text goes on, greedily, up to the first of the request's stop words."""
-        found: list[str] = []
-        for number, request in enumerate(requests):
-            text, options = str(request.args[0]), dict(request.args[1])
-            decoding = replace(self.decoding, plain=True, max_new_tokens=_length(options))
-            asked = Sample(f"harness-{number}", (Turn("user", (text,)),))
-            answer = next(iter(self.responder.respond([asked], decoding)))
-            found.append(_until(answer.text, options.get("until") or []))
-        return found
+        return self.asked.generate_until(requests)
 
 
 def adapter(responder: Responder, decoding: Decoding) -> HarnessModel:
@@ -63,11 +67,7 @@ def adapter(responder: Responder, decoding: Decoding) -> HarnessModel:
     return HarnessModel(responder, decoding)
 
 
-def _length(options: dict[str, Any]) -> int:
-    return int(options.get("max_gen_toks", 256))
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-
-def _until(text: str, stops: str | Sequence[str]) -> str:
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.partition(stop)[0] if stop else text
-    return text
+    cli_evaluate()

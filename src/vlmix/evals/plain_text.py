@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from vlmix.models.rendering import Segment
 if TYPE_CHECKING:
     from vlmix.models.modeling import VlmixForConditionalGeneration
     from vlmix.models.processing import VlmixProcessor
+
+
+_TOKENS: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class TellsLikelihood(Protocol):
     """A responder that can also say how likely a text is."""
 
     def likelihoods(
-        self, pairs: Sequence[tuple[str, str]], batch_size: int = 64, window: int | None = None
+        self, pairs: Sequence[tuple[str, str]], window: int | None = None
     ) -> Iterator[Likelihood]:
         """For each pair, in order, how likely the second text is right after the first."""
         ...
@@ -115,10 +118,11 @@ def likelihoods(
     model: VlmixForConditionalGeneration,
     processor: VlmixProcessor,
     pairs: Sequence[tuple[str, str]],
-    batch_size: int,
     window: int,
 ) -> list[Likelihood]:
     """How likely each pair's second text is after its first; long texts in overlapping windows.
+
+    What is judged together follows from the pairs alone, not from their order: every bit is the same again.
 
     Raises:
         InputError: if a text to be judged is empty.
@@ -129,9 +133,8 @@ def likelihoods(
     if empty := sorted({*range(len(pairs))} - {i for i, _ in rows}):
         raise InputError(f"text {empty[0]} has nothing to judge: it is empty")
     found: list[Likelihood] = [Likelihood(0.0, 0, greedy=True)] * len(pairs)
-    ordered = sorted(rows, key=lambda row: len(row[1].input_ids))
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
+    ordered = sorted(rows, key=lambda row: (len(row[1].input_ids), row[1].input_ids, row[1].labels))
+    for batch in _batches(ordered):
         told = _judged(model, processor, [encoded for _, encoded in batch])
         for (index, _), one in zip(batch, told, strict=True):
             old = found[index]
@@ -142,6 +145,17 @@ def likelihoods(
                 greedy=old.greedy and one.greedy,
             )
     return found
+
+
+def _batches(ordered: Sequence[tuple[int, Encoded]]) -> Iterator[Sequence[tuple[int, Encoded]]]:
+    """Rows of rising length, as many at a time as hold `_TOKENS` together."""
+    start = 0
+    while start < len(ordered):
+        end = start + 1
+        while end < len(ordered) and (end + 1 - start) * len(ordered[end][1].input_ids) <= _TOKENS:
+            end += 1
+        yield ordered[start:end]
+        start = end
 
 
 @torch.inference_mode()

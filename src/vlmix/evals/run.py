@@ -11,14 +11,14 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import zip_longest
 
 from vlmix.core.errors import InputError, VlmixError
 from vlmix.core.interfaces import Benchmark
 from vlmix.core.sample import Answer, Decoding, Json, Responder, Sample, Score
 from vlmix.evals.controls import blinded, majority_answer, majority_by_task, question_of
-from vlmix.evals.statistics import Interval, figure_interval, mean_interval
+from vlmix.evals.jackknife import figure_intervals
+from vlmix.evals.statistics import Interval, mean_interval
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being asked, questions done, questions in all)."""
@@ -30,7 +30,9 @@ _PACKAGES = ("vlmix", "torch", "torchvision", "transformers", "tokenizers", "tim
 class Outcome:
     """One set of answers, judged: the benchmark's figures, the mean score of each task, and the intervals.
 
-    ``failed`` counts answers that are errors; they score 0 and are part of every figure.
+    ``failed`` counts answers that are errors; they score 0 and are part of every figure. Of a control only
+    the headline has an interval. ``replicates`` are those of figures that are no means, in the ``blocks`` of
+    ``FigureIntervals``.
     """
 
     answers: tuple[Answer, ...]
@@ -40,15 +42,18 @@ class Outcome:
     tasks: Mapping[str, Interval]
     failed: int
     seconds: float = 0.0
+    replicates: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    blocks: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
     """A responder on a benchmark, and the controls on the same questions.
 
-    ``units`` are of figures that are no share of 1. ``majority`` gives the most frequent target of all to
-    every question, ``majority_by_task`` that of its task; ``blind`` is the responder itself with exchanged
-    pictures, None if it was not asked again.
+    ``units`` are of figures that are no share of 1. ``protocol`` is the scoring rule, where a benchmark has
+    several, and ``source`` where it stands; ``note`` is what a reader of the figures has to know.
+    ``majority`` gives the most frequent target of all to every question, ``majority_by_task`` that of its
+    task; ``blind`` is the responder itself with exchanged pictures, None if it was not asked again.
     """
 
     benchmark: str
@@ -64,6 +69,9 @@ class EvalResult:
     seed: int
     versions: Mapping[str, str]
     units: Mapping[str, str] = field(default_factory=dict[str, str])
+    protocol: str = ""
+    source: str = ""
+    note: str = ""
 
 
 def evaluate(
@@ -86,16 +94,11 @@ def evaluate(
 
     """
     decoding, tell = decoding or Decoding(), progress or _silent
-    samples = tuple(benchmark.samples()[:limit])
-    if not samples:
-        raise InputError(
-            f"{benchmark.settings.kind}: there is no question to ask; raise its size or the limit"
-        )
+    samples = _first(benchmark, limit)
     asked = _Asked(responder, benchmark, decoding, tell, seed)
     model = asked.outcome("questions", samples)
     constant, by_task = majority_answer(samples), majority_by_task(samples)
-    shows = any(sample.images for sample in samples)
-    shuffled = blinded(samples, seed) if blind and shows else []
+    shuffled = _control(samples, seed) if blind else []
     return EvalResult(
         benchmark=benchmark.settings.kind,
         paper=benchmark.paper,
@@ -103,14 +106,71 @@ def evaluate(
         headline=benchmark.headline,
         samples=samples,
         model=model,
-        majority=_judge(benchmark, samples, [Answer(s.id, constant) for s in samples], seed),
-        majority_by_task=_judge(benchmark, samples, [Answer(s.id, by_task[s.task]) for s in samples], seed),
-        blind=asked.outcome("blind control", shuffled) if shuffled else None,
+        majority=_judge(benchmark, samples, [Answer(s.id, constant) for s in samples], seed, control=True),
+        majority_by_task=_judge(
+            benchmark, samples, [Answer(s.id, by_task[s.task]) for s in samples], seed, control=True
+        ),
+        blind=asked.outcome("blind control", shuffled, control=True) if shuffled else None,
         decoding=decoding,
         seed=seed,
         versions=versions(),
-        units={name: unit for name, unit in benchmark.units.items() if name in model.figures},
+        units={name: unit for name in model.figures if (unit := benchmark.unit(name))},
+        protocol=benchmark.protocol,
+        source=benchmark.source,
+        note=benchmark.note,
     )
+
+
+def ask_share(  # noqa: PLR0913  (as `evaluate`, and which share)
+    responder: Responder,
+    benchmark: Benchmark,
+    decoding: Decoding,
+    *,
+    limit: int | None,
+    blind: bool,
+    seed: int,
+    rank: int,
+    world: int,
+    progress: Progress | None = None,
+) -> None:
+    """Ask what falls to process ``rank`` of ``world``: every ``world``-th question, controls included.
+
+    The answers are the responder's to keep; nothing is judged. Benchmarks that ask for more than answers are
+    left to the process that judges.
+
+    Raises:
+        InputError: if there is no question.
+
+    """
+    if not benchmark.canned:
+        return
+    samples = _first(benchmark, limit)
+    asked = [*samples, *(_control(samples, seed) if blind else [])]
+    share = [question_of(sample) for sample in asked if not sample.defect][rank::world]
+    tell = progress or _silent
+    tell("questions", 0, len(share))
+    for done, _ in enumerate(benchmark.ask(responder, share, decoding), 1):
+        tell("questions", done, len(share))
+
+
+def _first(benchmark: Benchmark, limit: int | None) -> tuple[Sample, ...]:
+    """The first ``limit`` questions, or all.
+
+    Raises:
+        InputError: if there is none.
+
+    """
+    samples = tuple(benchmark.samples()[:limit])
+    if not samples:
+        raise InputError(
+            f"{benchmark.settings.kind}: there is no question to ask; raise its size or the limit"
+        )
+    return samples
+
+
+def _control(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """The questions of the blind control; none where nothing is shown."""
+    return blinded(samples, seed) if any(sample.images for sample in samples) else []
 
 
 def versions() -> Mapping[str, str]:
@@ -129,10 +189,14 @@ class _Asked:
     tell: Progress
     seed: int
 
-    def outcome(self, what: str, samples: Sequence[Sample]) -> Outcome:
+    def outcome(self, what: str, samples: Sequence[Sample], *, control: bool = False) -> Outcome:
         started = time.perf_counter()
-        questions = [question_of(sample) for sample in samples]
+        broken = {
+            sample.id: Answer(sample.id, "", error=sample.defect) for sample in samples if sample.defect
+        }
+        questions = [question_of(sample) for sample in samples if not sample.defect]
         answers: list[Answer] = []
+        self.tell(what, 0, len(questions))
         stream = iter(self.benchmark.ask(self.responder, questions, self.decoding))
         for question, answer in zip_longest(questions, stream):
             if answer is None or question is None or answer.sample_id != question.id:
@@ -143,7 +207,10 @@ class _Asked:
                 )
             answers.append(answer)
             self.tell(what, len(answers), len(questions))
-        return _judge(self.benchmark, samples, answers, self.seed, time.perf_counter() - started)
+        given = {**broken, **{answer.sample_id: answer for answer in answers}}
+        whole = [given[sample.id] for sample in samples]
+        seconds = time.perf_counter() - started
+        return _judge(self.benchmark, samples, whole, self.seed, seconds, control=control)
 
 
 def _judge(
@@ -152,25 +219,31 @@ def _judge(
     answers: Sequence[Answer],
     seed: int,
     seconds: float = 0.0,
+    *,
+    control: bool = False,
 ) -> Outcome:
-    scores = [benchmark.score(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
+    scores = benchmark.judge(samples, answers)
     figures = dict(benchmark.summarise(scores))
-    tasks = sorted({score.task for score in scores})
+    counted = [score for score in scores if score.counted]
+    tasks = sorted({score.task for score in counted})
+    sure = figure_intervals(
+        benchmark.summarise,
+        scores,
+        seed=seed,
+        units={name: benchmark.unit(name) for name in figures},
+        only=[benchmark.headline] if control else None,
+    )
     return Outcome(
         answers=tuple(answers),
         scores=tuple(scores),
         figures=figures,
-        intervals={
-            name: figure_interval(partial(_figure, benchmark, name), scores, seed=seed) for name in figures
-        },
-        tasks={task: mean_interval([s for s in scores if s.task == task], seed=seed) for task in tasks},
+        intervals=sure.intervals,
+        tasks={task: mean_interval([s for s in counted if s.task == task], seed=seed) for task in tasks},
         failed=sum(bool(answer.error) for answer in answers),
         seconds=seconds,
+        replicates=sure.replicates,
+        blocks=sure.blocks,
     )
-
-
-def _figure(benchmark: Benchmark, name: str, scores: Sequence[Score]) -> float | None:
-    return benchmark.summarise(scores).get(name)
 
 
 def _silent(_: str, __: int, ___: int) -> None:

@@ -11,8 +11,10 @@ from typing import Any, Final
 
 from vlmix.core.errors import InputError, UnknownNameError
 from vlmix.core.parts import SCORERS
-from vlmix.core.sample import Json
-from vlmix.core.scoring import Judged, Row, Scorer, Summary
+from vlmix.core.sample import Json, Judged, Row
+from vlmix.core.scoring import Scorer, Summary
+from vlmix.evals.judges.asking import Judge
+from vlmix.evals.scoring._judged import JudgedScorer, judge_missing, unjudged, without_judge
 
 _REASONS_SHOWN: Final = 3
 _BOM: Final = b"\xef\xbb\xbf"
@@ -41,7 +43,8 @@ class Line:
 class Scored:
     """What a protocol makes of a file: ``judged`` belongs to ``lines``; malformed rows are in neither.
 
-    ``full`` is what 1 would be in the protocol's unit, such as 100 where it is percent.
+    ``full`` is what 1 would be in the protocol's unit, such as 100 where it is percent. ``note`` is what a
+    reader has to know.
     """
 
     benchmark: str
@@ -53,6 +56,7 @@ class Scored:
     summary: Summary
     units: Mapping[str, str]
     malformed: Sequence[Malformed] = field(default_factory=list[Malformed])
+    note: str = ""
 
     @property
     def total(self) -> int:
@@ -86,6 +90,7 @@ class Scored:
             "benchmark": self.benchmark,
             "protocol": self.protocol,
             "source": self.source,
+            **({"note": self.note} if self.note else {}),
             "n": self.total,
             "counts": self.counts(),
             "mean": self.mean,
@@ -96,18 +101,27 @@ class Scored:
         }
 
 
-def score_file(benchmark: str, path: Path, protocol: str = "") -> Scored:
+def score_file(
+    benchmark: str,
+    path: Path,
+    protocol: str = "",
+    *,
+    judge: Judge | None = None,
+    rules: Path | None = None,
+) -> Scored:
     """Score the rows of ``path`` under ``protocol``, or under the official one.
+
+    Where the official protocol needs a judge and there is none, the usual one is the first that needs none.
+    ``rules`` is a file with the words to the judge.
 
     Raises:
         UnknownNameError: if there is no such benchmark or protocol.
-        InputError: if the file cannot be read or has no row that can be scored.
+        InputError: if the file cannot be read or has no row that can be scored, or if the judge has
+            nothing to do or is missing.
 
     """
-    scorer = SCORERS.get(benchmark)()
-    protocol = protocol or scorer.official()
-    if protocol not in scorer.protocols:
-        raise UnknownNameError(f"protocol of {benchmark}", protocol, scorer.protocols)
+    scorer, usual, note = _opened(benchmark, protocol, judge, rules)
+    protocol = protocol or usual
     lines, malformed = read_rows(path, type(scorer))
     lines, broken, judged, summary = _judge(scorer, lines, protocol)
     malformed = sorted([*malformed, *broken], key=lambda bad: bad.line)
@@ -116,8 +130,31 @@ def score_file(benchmark: str, path: Path, protocol: str = "") -> Scored:
         raise InputError(f"{path}: no row can be scored as {benchmark}. {why or 'The file is empty'}")
     rule = scorer.protocols[protocol]
     return Scored(
-        benchmark, protocol, rule.source, rule.full, lines, judged, summary, scorer.units, malformed
+        benchmark, protocol, rule.source, rule.full, lines, judged, summary, scorer.units, malformed, note
     )
+
+
+def _opened(
+    benchmark: str, protocol: str, judge: Judge | None, rules: Path | None
+) -> tuple[Scorer, str, str]:
+    """The rule with its judge, the protocol to take if none is named, and what to know of the figures."""
+    kind = SCORERS.get(benchmark)
+    if protocol and protocol not in kind.protocols:
+        raise UnknownNameError(f"protocol of {benchmark}", protocol, kind.protocols)
+    marked = kind.marked if issubclass(kind, JudgedScorer) else frozenset[str]()
+    if not issubclass(kind, JudgedScorer) or (protocol and protocol not in marked):
+        if judge is not None or rules is not None:
+            raise InputError(
+                f"{benchmark} {protocol}".rstrip() + ": no judge has a part in it; leave --judge out"
+            )
+        return kind(), kind.official(), ""
+    if judge is None and protocol:
+        raise InputError(judge_missing(kind, protocol))
+    if judge is None and rules is not None:
+        raise InputError(f"{rules}: words to a judge, and there is none; name one with --judge")
+    usual = unjudged(kind) if judge is None else kind.official()
+    note = without_judge(kind, usual) if judge is None else ""
+    return kind.asking(judge, rules), usual, note
 
 
 def read_rows(path: Path, scorer: type[Scorer]) -> tuple[list[Line], list[Malformed]]:

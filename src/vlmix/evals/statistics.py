@@ -1,24 +1,26 @@
-"""How sure a figure is: 95 % intervals of a mean, of any figure of a benchmark, and of a difference.
+"""How sure a mean of scores is: its 95 % interval, and that of the difference of two on the same questions.
 
 Independent scores of 0 and 1 get Wilson's interval (Wilson 1927, JASA 22:209-212): with n scores of mean
 p and z = 1.96, its ends are (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n). It never leaves 0..1 and
 keeps a width at 0 % and 100 %.
 
 Scores that share a group (one sentence over several pictures) are not independent. Whole groups are drawn
-with replacement and the figure is computed again each time; the interval runs from the 2.5th to the
+with replacement and the mean is computed again each time; the interval runs from the 2.5th to the
 97.5th percentile (cluster bootstrap: Davison and Hinkley 1997, section 3.8; Field and Welsh 2007, JRSS B
-69:369-390). Where every group agrees no drawing can vary, and Wilson's interval over the number of groups
-stands in, so that a perfect score on few groups does not look certain.
+69:369-390). Of more than 4000 groups none is drawn: the ratio's own standard error gives the same. Where
+every group agrees no drawing can vary, and Wilson's interval over the number of groups stands in, so that a
+perfect score on few groups does not look certain.
 
 Two systems on the same independent questions get Newcombe's paired interval from Wilson's ends (Newcombe
-1998, Statistics in Medicine 17:2635-2650, method 10); with groups, the bootstrap of the differences.
+1998, Statistics in Medicine 17:2635-2650, method 10); with groups, the bootstrap of the differences. Figures
+that are no mean of scores have their intervals in ``jackknife.py``.
 Results depend on the scores only, not on their order: groups are sorted before anything is drawn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +31,7 @@ from vlmix.core.sample import Score
 
 Z95 = 1.959963984540054
 _CHUNK_CELLS = 2_000_000  # drawn counts held at once: 16 MB
+_DRAWN_GROUPS = 4000  # of more groups a mean is as good as normal, and drawing takes seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,15 @@ def wilson(value: float, n: int) -> Interval:
     """
     if n < 1 or not 0.0 <= value <= 1.0:
         raise InputError(f"an interval needs at least one score and a mean in 0..1, got {n} and {value}")
-    square = Z95 * Z95 / n
+    return Interval(value, *wilson_ends(value, n), n, n, "wilson")
+
+
+def wilson_ends(value: float, size: float, quantile: float = Z95) -> tuple[float, float]:
+    """The ends of Wilson's interval for ``size`` independent scores, which need be no whole number."""
+    square = quantile * quantile / size
     middle = (value + square / 2) / (1 + square)
-    half = Z95 * math.sqrt(value * (1 - value) / n + square / (4 * n)) / (1 + square)
-    return Interval(
-        value, max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half)), n, n, "wilson"
-    )
+    half = quantile * math.sqrt(value * (1 - value) / size + square / (4 * size)) / (1 + square)
+    return max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half))
 
 
 def mean_interval(scores: Sequence[Score], *, resamples: int = 2000, seed: int = 0) -> Interval:
@@ -69,46 +75,12 @@ def mean_interval(scores: Sequence[Score], *, resamples: int = 2000, seed: int =
     """
     if not scores:
         raise InputError("an interval needs at least one score, got none")
-    clusters = _clusters(scores)
+    clusters = grouped(scores)
     if len(clusters) == len(scores) and all(score.value in {0.0, 1.0} for score in scores):
         return wilson(sum(score.value for score in scores) / len(scores), len(scores))
     sums = np.array([math.fsum(score.value for score in cluster) for cluster in clusters])
     counts = np.array([len(cluster) for cluster in clusters])
     return _ratio_interval(sums, counts, resamples, seed)
-
-
-def figure_interval(
-    figure: Callable[[Sequence[Score]], float | None],
-    scores: Sequence[Score],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """The interval of any figure computed from scores; ``figure`` gives None where it is undefined.
-
-    A figure that is the mean over one or more whole tasks is treated as that mean. Any other (a
-    consistency, a macro mean) is bootstrapped: groups are drawn whole, and a group drawn twice enters as
-    two groups. Where no drawing varies, Wilson's interval over the groups it depends on stands in.
-
-    Raises:
-        InputError: if there is no score, or the figure is undefined on all of them.
-
-    """
-    value = figure(scores) if scores else None
-    if value is None:
-        raise InputError("an interval needs at least one score that the figure is defined on, got none")
-    if members := _averaged(figure, scores):
-        return mean_interval(members, seed=seed)
-    clusters = _clusters(scores)
-    drawn = np.array(
-        [found for found in map(figure, _redrawn(clusters, resamples, seed)) if found is not None]
-    )
-    if drawn.size and np.ptp(drawn) > 0:
-        return _percentiles(value, drawn, len(scores), len(clusters))
-    depends = sum(
-        any(figure(_with_value(scores, cluster, end)) != value for end in (0.0, 1.0)) for cluster in clusters
-    )
-    return replace(_wilson_over_groups(value, max(depends, 1)), n=len(scores))
 
 
 def paired_difference(
@@ -121,7 +93,7 @@ def paired_difference(
 
     """
     pairs = _pairs(a, b)
-    clusters = _clusters([mine for mine, _ in pairs.values()])
+    clusters = grouped([mine for mine, _ in pairs.values()])
     first = np.array([math.fsum(s.value for s in cluster) for cluster in clusters])
     second = np.array([math.fsum(pairs[s.sample_id][1].value for s in cluster) for cluster in clusters])
     counts = np.array([len(cluster) for cluster in clusters])
@@ -130,14 +102,12 @@ def paired_difference(
         return _newcombe(first, second)
     rates = (first - second) / counts
     if np.ptp(rates) > 0:
-        value = float((first - second).sum() / counts.sum())
-        drawn = _drawn_ratios(first - second, counts, resamples, seed)
-        return _percentiles(value, drawn, int(counts.sum()), len(clusters))
+        return _spread(first - second, counts, resamples, seed)
     whole = _newcombe(first / counts, second / counts)
     return replace(whole, n=int(counts.sum()), method="newcombe over groups")
 
 
-def _clusters(scores: Sequence[Score]) -> list[list[Score]]:
+def grouped(scores: Iterable[Score]) -> list[list[Score]]:
     """The scores by group, in an order that depends on nothing else; without a group each stands alone."""
     found: dict[tuple[bool, str], list[Score]] = {}
     for score in scores:
@@ -164,8 +134,22 @@ def _ratio_interval(
 ) -> Interval:
     n, value = int(counts.sum()), float(sums.sum() / counts.sum())
     if np.ptp(sums / counts) == 0:
-        return replace(_wilson_over_groups(value, len(sums)), n=n)
-    return _percentiles(value, _drawn_ratios(sums, counts, resamples, seed), n, len(sums))
+        return replace(wilson_over_groups(value, len(sums)), n=n)
+    found = _spread(sums, counts, resamples, seed)
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+
+
+def _spread(sums: NDArray[np.float64], counts: NDArray[np.int64], resamples: int, seed: int) -> Interval:
+    """The ratio of the sums with its interval, drawn or, of many groups, by its linear standard error."""
+    n, groups, value = int(counts.sum()), len(sums), float(sums.sum() / counts.sum())
+    if groups <= _DRAWN_GROUPS:
+        low, high = np.quantile(_drawn_ratios(sums, counts, resamples, seed), [0.025, 0.975])
+        return Interval(
+            value, min(value, float(low)), max(value, float(high)), n, groups, "cluster bootstrap"
+        )
+    squares = float(((sums - value * counts) ** 2).sum()) * groups / (groups - 1)
+    half = Z95 * math.sqrt(squares) / n
+    return Interval(value, value - half, value + half, n, groups, "linear standard error")
 
 
 def _drawn_ratios(
@@ -185,69 +169,9 @@ def _even(groups: int) -> NDArray[np.float64]:
     return np.full(groups, 1.0 / groups)
 
 
-def _percentiles(value: float, drawn: NDArray[np.float64], n: int, groups: int) -> Interval:
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(value, min(value, float(low)), max(value, float(high)), n, groups, "cluster bootstrap")
-
-
-def _wilson_over_groups(value: float, groups: int) -> Interval:
+def wilson_over_groups(value: float, groups: int) -> Interval:
+    """Wilson's interval where nothing varies between so many groups."""
     return replace(wilson(min(1.0, max(0.0, value)), groups), method="wilson over groups")
-
-
-def _averaged(figure: Callable[[Sequence[Score]], float | None], scores: Sequence[Score]) -> list[Score]:
-    """The scores of which ``figure`` is the mean, if it is a mean over whole tasks; else none.
-
-    Found by asking it about random scores: the tasks whose scores move it, then whether it is their mean.
-    """
-    random = np.random.default_rng(0)
-    noisy = [
-        replace(score, value=float(value))
-        for score, value in zip(scores, random.random(len(scores)), strict=True)
-    ]
-    base, members = figure(noisy), list[int]()
-    for task in sorted({score.task for score in scores}):
-        own = [index for index, score in enumerate(scores) if score.task == task]
-        moved = list(noisy)
-        for index in own:
-            moved[index] = replace(noisy[index], value=float(random.random()))
-        if figure(moved) != base:
-            members += own
-    if not members or base is None:
-        return []
-    mean = math.fsum(noisy[index].value for index in members) / len(members)
-    return [scores[index] for index in members] if math.isclose(base, mean, abs_tol=1e-9) else []
-
-
-def _redrawn(clusters: Sequence[Sequence[Score]], resamples: int, seed: int) -> Iterator[list[Score]]:
-    """Draw as many whole groups as there are, with replacement, ``resamples`` times."""
-    random, copies = np.random.default_rng(seed), dict[tuple[int, int], list[Score]]()
-    for _ in range(resamples):
-        chosen: list[Score] = []
-        for index, times in enumerate(random.multinomial(len(clusters), _even(len(clusters)))):
-            for copy in range(times):
-                if (index, copy) not in copies:
-                    copies[index, copy] = _copy_of(clusters[index], copy)
-                chosen += copies[index, copy]
-        yield chosen
-
-
-def _copy_of(cluster: Sequence[Score], copy: int) -> list[Score]:
-    """The group under names of its own, so that two copies count as two groups; the first keeps its name."""
-    if copy == 0:
-        return list(cluster)
-    return [
-        replace(
-            score,
-            sample_id=f"{score.sample_id}\0{copy}",
-            group=score.group and f"{score.group}\0{copy}",
-        )
-        for score in cluster
-    ]
-
-
-def _with_value(scores: Sequence[Score], cluster: Sequence[Score], value: float) -> list[Score]:
-    ids = {score.sample_id for score in cluster}
-    return [replace(score, value=value) if score.sample_id in ids else score for score in scores]
 
 
 def _newcombe(a: NDArray[np.float64], b: NDArray[np.float64]) -> Interval:

@@ -14,6 +14,7 @@ from vlmix.core.interfaces import Router
 from vlmix.core.sample import Answer, Decoding, Responder, Sample
 from vlmix.evals.controls import question_of
 from vlmix.evals.plain_text import Likelihood, telling
+from vlmix.evals.ties import is_repeated
 from vlmix.moe.balance import Positions
 from vlmix.moe.recorder import RoutingRecorder, notes_of
 
@@ -91,6 +92,8 @@ class RoutingWindow:
 
     def _saw(self, module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         """One forward pass of ``generate``: the prompts, or one more token of each answer."""
+        if is_repeated():
+            return
         ids_BT, mask_BT = kwargs["input_ids"], kwargs.get("attention_mask")
         past = output.past_key_values
         again = past is not None and past.get_seq_length() > ids_BT.shape[1]
@@ -122,10 +125,10 @@ class _Watched:
             yield from self._responder.respond(questions, decoding)
 
     def likelihoods(
-        self, pairs: Sequence[tuple[str, str]], batch_size: int = 64, window: int | None = None
+        self, pairs: Sequence[tuple[str, str]], window: int | None = None
     ) -> Iterator[Likelihood]:
         """Not counted: these are no answers."""
-        return telling(self._responder).likelihoods(pairs, batch_size, window)
+        return telling(self._responder).likelihoods(pairs, window)
 
 
 def _one_of_each_task(samples: Iterable[Sample]) -> Sequence[Sample]:

@@ -6,6 +6,7 @@ of views at once: what they say then does not depend on which pictures share a b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
@@ -80,14 +81,22 @@ def look(
     asked: Sequence[Asked],
     pixel_values: Tensor,
     picture_values: Tensor | None,
+    told: Callable[[int, float], None] | None = None,
 ) -> SeenPictures:
-    """What the encoders give for these pictures, where the fusion asks them."""
+    """What the encoders give for these pictures, where the fusion asks them.
+
+    ``told`` is given each encoder's number and the seconds it took.
+    """
     views = model.views.spread(pixel_values)
     pictures = picture_values if model.viewing.plan.varies else pixel_values
     maps: list[Maps] = []
-    for encoder, what, scope in zip(model.encoders, asked, model.viewing.scopes, strict=True):
+    together = zip(model.encoders, asked, model.viewing.scopes, strict=True)
+    for number, (encoder, what, scope) in enumerate(together):
+        begun = _clock(pixel_values.device) if told is not None else 0.0
         shown = cast("Tensor", pictures) if scope == "picture" else views
         maps.append(() if what == "nothing" else _answers(cast("VisionEncoder", encoder), what, shown))
+        if told is not None:
+            told(number, _clock(pixel_values.device) - begun)
     return SeenPictures(tuple(maps), pixel_values.shape[0])
 
 
@@ -103,6 +112,13 @@ def layout(model: VlmixModel, asked: Sequence[Asked]) -> list[list[tuple[int, ..
         answers = [] if what == "nothing" else _ask(encoder, what)(empty)
         found.append([answer.tokens.stride() for answer in answers])
     return found
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, when what was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _ask(encoder: VisionEncoder, what: Asked) -> Callable[[Tensor], Sequence[FeatureMap]]:

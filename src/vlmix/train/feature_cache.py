@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vlmix.core.errors import RecipeError
 from vlmix.core.feature_cache import FeatureCacheSettings
+from vlmix.core.files import storage_errors
 from vlmix.core.tensors import FeatureMap, Grid
 from vlmix.models.adapters import AdaptedLinear
 from vlmix.models.features import SeenPictures
@@ -32,7 +33,7 @@ from vlmix.train.feature_store import SCHEMA, FeatureStore, place, raw_bytes, re
 from vlmix.train.order import DataOrder
 from vlmix.train.recipe import Recipe, Stage
 
-FOLDER = "features"
+FOLDER, LOOKS = "features", "features.jsonl"
 Looks = Literal["inside", "alone", "kept"]
 """Encoders run inside the model, ahead of it, or ahead of it and only where nobody stored what they say."""
 _LIBRARIES = ("vlmix", "torch", "transformers", "timm")
@@ -43,6 +44,7 @@ class FeatureCache:
     """The answers of one stage's encoders; ``reader`` goes to the processes that open pictures.
 
     ``found`` pictures came from the cache, ``computed`` ones did not. Without a ``store`` all are computed.
+    ``seconds`` is what each encoder took, by number, where answers are stored.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class FeatureCache:
             }
             self.reader = FeatureReader(store.folder, keys, images, model.viewing)
         self.found = self.computed = 0
+        self.seconds = [0.0] * len(self.asked)
         self._layout: list[list[tuple[int, ...]]] | None = None
 
     def shown(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -76,7 +79,9 @@ class FeatureCache:
         keys = kept.pop(KEYS, None)
         if not len(kept.get("pixel_values", ())):
             return kept
-        seen = look(self.model, self.asked, kept["pixel_values"], kept.pop("picture_values", None))
+        pictures = kept.pop("picture_values", None)
+        told = None if self.store is None else self._took
+        seen = look(self.model, self.asked, kept["pixel_values"], pictures, told)
         if keys is not None:
             self._store(seen, keys, kept)
         return {**kept, "pixel_values": self._laid_out(seen)}
@@ -88,6 +93,21 @@ class FeatureCache:
             return ""
         total = self.found + self.computed
         return f"features: {self.found:,} of {total:,} pictures from the cache in {self.store.folder}"
+
+    def write_down(self, path: Path, stage: str, pictures: int) -> None:
+        """Append a line on what a stage of so many different rows found, computed, and how long that took.
+
+        ``encoders`` has the digest and the seconds of each encoder whose answers are stored.
+        """
+        if self.reader is None:
+            return
+        encoders = {key: self.seconds[number] for number, key in self.reader.encoders.items()}
+        counts = {"pictures": pictures, "found": self.found, "computed": self.computed}
+        with storage_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, **counts, "encoders": encoders}) + "\n")
+
+    def _took(self, number: int, seconds: float) -> None:
+        self.seconds[number] += seconds
 
     def _laid_out(self, seen: SeenPictures) -> SeenPictures:
         if self._layout is None:

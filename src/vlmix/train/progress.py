@@ -49,7 +49,7 @@ class ProgressLine:
         elif record.step == record.steps or time.monotonic() - self._shown >= _LINE_EVERY_SECONDS:
             self._shown = time.monotonic()
             left = (record.steps - record.step) * self._sums["seconds"] / self._sums["weight"]
-            line = f"{self._stage} {record.step}/{record.steps}  {figures}  {_clock(left)} left"
+            line = f"{self._stage} {record.step}/{record.steps}  {figures}  {clock(left)} left"
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def sync(self) -> None:
@@ -93,7 +93,8 @@ def memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A length of time as minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -20,11 +20,16 @@ from vlmix.train.transforms import TRANSFORMS
 from vlmix.train.yaml_file import parse_yaml, read_yaml
 
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
+GRIDS = "grids"
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with vlmix; files that start with ``_`` are only bases of others."""
+    """Names of the recipes that come with vlmix; files that start with ``_`` are only bases of others.
+
+    Below ``grids`` are searches over recipes.
+    """
     files = (path for path in SHIPPED.rglob("*.yaml") if not path.name.startswith("_"))
+    files = (path for path in files if path.relative_to(SHIPPED).parts[0] != GRIDS)
     return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in files)
 
 

@@ -31,6 +31,7 @@ from vlmix.train.continual._tasks import Tasks, conversations, mixed_weights
 from vlmix.train.data_sets import row_notes
 from vlmix.train.dividing import divide, has_shapes_alone, renew, same_draws
 from vlmix.train.feature_cache import (
+    LOOKS,
     FeatureCache,
     Looks,
     feature_cache,
@@ -290,6 +291,8 @@ class Stages:
                 return bool(stop.signal)
 
             loop.run(first_step, after_step)
+        if features is not None and self.team.is_main:
+            features.write_down(self.out / LOOKS, stage.name, min(order.draws, sum(order.sizes)))
         if features is not None and features.summary:
             self.console.print(f"{stage.name}: {features.summary}", soft_wrap=True)
         self.console.print(

@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 
 from vlmix.core.interfaces import Benchmark
 from vlmix.core.parts import BENCHMARKS
-from vlmix.core.sample import Answer, Sample, Score
-from vlmix.core.scoring import Row
+from vlmix.core.sample import Answer, Row, Sample, Score
 from vlmix.core.settings import PartSettings
 from vlmix.data.boxes.published import ORDERS
 from vlmix.data.sources.nlvr import Nlvr, NlvrSettings

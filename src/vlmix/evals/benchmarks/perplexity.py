@@ -78,7 +78,7 @@ class Perplexity(Benchmark):
         """
         pieces = {sample.id: str(sample.target) for sample in self.samples()}
         pairs = [(sample.turns[-1].text, pieces[sample.id]) for sample in samples]
-        told = telling(responder).likelihoods(pairs, decoding.batch_size)
+        told = telling(responder).likelihoods(pairs)
         for sample, found in zip(samples, told, strict=True):
             yield Answer(sample.id, "", found.tokens, nats=found.nats)
 

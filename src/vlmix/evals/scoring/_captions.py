@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 Words = tuple[str, ...]
@@ -19,12 +20,17 @@ _SMALL: Final = 1e-9
 BLEU: Final = tuple(f"Bleu_{n}" for n in range(1, _LONGEST + 1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Captioned:
     """One picture: the tokens of its captions and of the answer, joined by blanks."""
 
     answer: str
     references: Sequence[str]
+
+    @cached_property
+    def overlap(self) -> _Overlap:
+        """What BLEU is made of; counted once, though sets that the picture belongs to are many."""
+        return _Overlap.of(self)
 
 
 def grams(text: str) -> Grams:
@@ -69,16 +75,21 @@ class _Overlap:
         return scores
 
 
+def bleu_of_all(pictures: Sequence[Captioned]) -> Mapping[str, float]:
+    """BLEU of a set: lengths and runs are added up before anything is divided."""
+    overlaps = [picture.overlap for picture in pictures]
+    return _Overlap(
+        sum(overlap.length for overlap in overlaps),
+        sum(overlap.reference for overlap in overlaps),
+        [sum(overlap.given[n] for overlap in overlaps) for n in range(_LONGEST)],
+        [sum(overlap.found[n] for overlap in overlaps) for n in range(_LONGEST)],
+    ).scores()
+
+
 def bleu(pictures: Sequence[Captioned]) -> tuple[list[Mapping[str, float]], Mapping[str, float]]:
     """BLEU (Papineni et al. 2002) of each picture, and of all, which is no mean of those."""
-    overlaps = [_Overlap.of(picture) for picture in pictures]
-    whole = _Overlap(0, 0, [0] * _LONGEST, [0] * _LONGEST)
-    for overlap in overlaps:
-        whole.length += overlap.length
-        whole.reference += overlap.reference
-        whole.given = [a + b for a, b in zip(whole.given, overlap.given, strict=True)]
-        whole.found = [a + b for a, b in zip(whole.found, overlap.found, strict=True)]
-    return [overlap.scores() for overlap in overlaps], whole.scores()
+    overlaps = [picture.overlap for picture in pictures]
+    return [overlap.scores() for overlap in overlaps], bleu_of_all(pictures)
 
 
 def rouge_l(picture: Captioned) -> float:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 
 from vlmix.core.errors import InputError
-from vlmix.core.sample import Json
-from vlmix.core.scoring import Row
+from vlmix.core.sample import Json, Row
 
 
 def value_of(row: Row, name: str) -> Json:

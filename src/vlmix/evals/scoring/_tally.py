@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Final, TypeVar
 
-from vlmix.core.sample import Json
-from vlmix.core.scoring import Judged
+from vlmix.core.sample import Json, Judged
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")

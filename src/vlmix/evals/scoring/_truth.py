@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from vlmix.core.scoring import Judged, Row
+from vlmix.core.sample import Judged, Row
 from vlmix.evals.scoring._tally import UNANSWERED, grouped, mean
 
 LABELS: Final = frozenset({"true", "false"})

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, Summary
+from vlmix.core.sample import Judged, Row
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._fields import letter_of_gold, lettered, list_of
 from vlmix.evals.scoring._letters import llava_letter, vlmevalkit_letter
 from vlmix.evals.scoring._tally import UNANSWERED, mean

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, Summary
+from vlmix.core.sample import Judged, Row
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._tally import UNANSWERED, grouped, mean, percent
 
 _OFFICIAL: Final = "gqa_eval_after_llava_convert"
@@ -100,6 +101,11 @@ class GQAScorer(Scorer):
             summary[f"accuracyPer{name}_percent"] = {str(one): percent(groups[one]) for one in sorted(groups)}
             summary[f"questionsPer{name}"] = {str(one): len(groups[one]) for one in sorted(groups)}
         return summary
+
+    def failed(self, row: Row, judged: Judged, protocol: str) -> Judged:
+        """Wrong where the question counts; one that is not balanced counts for its group only."""
+        counts = protocol == _LMMS or row.fields.get("isBalanced", True)
+        return Judged(0.0 if counts else None, state="failed")
 
 
 def _judge(row: Row, protocol: str) -> Judged:

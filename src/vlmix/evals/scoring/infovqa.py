@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.sample import Json
-from vlmix.core.scoring import Judged, Row, Summary
+from vlmix.core.sample import Json, Judged, Row
+from vlmix.core.scoring import Summary
 from vlmix.evals.scoring._anls import AnlsScorer
 from vlmix.evals.scoring._tally import grouped, mean, texts
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Final
+from pathlib import Path
+from typing import ClassVar, Final, Self
 
+from vlmix.core.errors import InputError
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Summary
+from vlmix.core.sample import Judged, Row
+from vlmix.core.scoring import Protocol, Summary
 from vlmix.evals.judges.asking import Judge, Mark, Question
 from vlmix.evals.scoring._captions import Captioned, rouge_l
 from vlmix.evals.scoring._fields import text_of, value_of
-from vlmix.evals.scoring._judged import Figures, JudgedScorer, failed
+from vlmix.evals.scoring._judged import Figures, JudgedScorer, failed, words_of
 from vlmix.evals.scoring._ptb import tokenize
 from vlmix.evals.scoring._tally import UNANSWERED, grouped, mean, texts
 
 _GPT4: Final = "gpt4"
 _ROUGE: Final = "rouge_l"
+_SYSTEM: Final = "system"
 _MOST: Final = 10.0
 _TEMPERATURE: Final = 0.2
 SYSTEM: Final = "You compare answers with care and mark them."
@@ -60,6 +65,20 @@ class LlavaBenchScorer(JudgedScorer):
     ) -> None:
         super().__init__(judge)
         self._rules, self._system = rules or {}, system
+
+    @classmethod
+    def asking(cls, judge: Judge | None, rules: Path | None = None) -> Self:
+        """``rules`` is LLaVA's ``rule.json``; a ``system`` beside its categories is the word to the judge."""
+        if rules is None:
+            return cls(judge)
+        try:
+            whole = json.loads(words_of(rules))
+            words = {name: str(each["prompt"]) for name, each in whole.items() if name != _SYSTEM}
+            return cls(judge, words, str(whole.get(_SYSTEM, SYSTEM)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{rules} is no rule.json with a `prompt` for each category ({error!r})"
+            ) from None
 
     def attempts(self, row: Row) -> Sequence[Question]:
         """Context, question, both answers, and the rule of the question's category."""

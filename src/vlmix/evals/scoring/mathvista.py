@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.sample import Json
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, Summary
+from vlmix.core.sample import Json, Judged, Row
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._edits import edit_distance
 from vlmix.evals.scoring._fields import lettered, text_of
 from vlmix.evals.scoring._tally import UNANSWERED, grouped, mean

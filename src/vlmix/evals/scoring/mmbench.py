@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, State, Summary
+from vlmix.core.sample import Judged, Row, State
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._fields import columns, text_of, whole_of
 from vlmix.evals.scoring._letters import lmms_letter, vlmevalkit_letter
 from vlmix.evals.scoring._tally import grouped, mean

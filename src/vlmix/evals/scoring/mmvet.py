@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Final
+from pathlib import Path
+from typing import ClassVar, Final, Self
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.sample import Json
-from vlmix.core.scoring import Judged, Protocol, Row, Summary
+from vlmix.core.sample import Json, Judged, Row
+from vlmix.core.scoring import Protocol, Summary
 from vlmix.evals.judges.asking import Judge, Mark, Question
 from vlmix.evals.scoring._fields import text_of, value_of
-from vlmix.evals.scoring._judged import Figures, JudgedScorer, failed
+from vlmix.evals.scoring._judged import Figures, JudgedScorer, failed, words_of
 from vlmix.evals.scoring._tally import UNANSWERED, grouped, mean, texts
 
 _GPT4: Final = "gpt4"
@@ -41,7 +42,8 @@ class MMVetScorer(JudgedScorer):
     The judge fills the last cell of a table, in three tokens at temperature 0. What stands before its first
     blank must be a number from 0 to 1; else it is asked four times more, in plainer words and ever warmer, as
     the official script does it, and then the answer has failed. The script's own prompt is not part of this
-    package: give it as ``prompt`` for its exact protocol; the one here has the same scale and form.
+    package: give it as ``prompt``, or in a file of rules, for its exact protocol; the one here has the same
+    scale and form.
 
     ``elements`` needs no judge: the share of the parts joined by ``<AND>`` whose words stand side by side in
     the answer, of the best of those joined by ``<OR>``.
@@ -61,6 +63,11 @@ class MMVetScorer(JudgedScorer):
     def __init__(self, judge: Judge | None = None, prompt: str = PROMPT) -> None:
         super().__init__(judge)
         self._prompt = prompt
+
+    @classmethod
+    def asking(cls, judge: Judge | None, rules: Path | None = None) -> Self:
+        """``rules`` holds the prompt up to the line in question."""
+        return cls(judge) if rules is None else cls(judge, words_of(rules))
 
     def attempts(self, row: Row) -> Sequence[Question]:
         """The table's last line, then the same with a plain request below it."""

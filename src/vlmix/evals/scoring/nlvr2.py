@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, Summary
+from vlmix.core.sample import Judged, Row
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._truth import judged_truth, right_and_consistent
 
 

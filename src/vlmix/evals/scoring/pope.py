@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Final, NamedTuple
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, Summary
+from vlmix.core.sample import Judged, Row
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._fields import text_of
 from vlmix.evals.scoring._tally import UNANSWERED, mean
 
@@ -68,6 +69,10 @@ class POPEScorer(Scorer):
             yes = row.gold != "no"
             categories.setdefault(text_of(row, "category"), []).append((yes, yes == bool(each.value)))
         return {category: _figures(answers) for category, answers in categories.items()}
+
+    def failed(self, row: Row, judged: Judged, protocol: str) -> Judged:
+        """The wrong one of the two answers, so that precision and recall count it."""
+        return Judged(0.0, "yes" if row.gold == "no" else "no", "failed")
 
 
 def _official(row: Row) -> Judged:

@@ -10,7 +10,8 @@ from typing import ClassVar, Final
 
 from vlmix.core.errors import InputError
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, Summary
+from vlmix.core.sample import Judged, Row
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._fields import whole_of
 from vlmix.evals.scoring._tally import UNANSWERED, grouped, mean, texts
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, Summary
+from vlmix.core.sample import Judged, Row
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._tally import UNANSWERED, grouped, mean, percent, texts
 from vlmix.evals.scoring._vqa_text import CONTRACTIONS, agreement, evalai, one_line, vqaeval_words
 
@@ -93,6 +94,10 @@ class VizWizScorer(Scorer):
         return (
             {**summary, "unanswerability": _telling(told)} if any(wanted for wanted, _ in told) else summary
         )
+
+    def failed(self, row: Row, judged: Judged, protocol: str) -> Judged:
+        """No annotator agrees with it."""
+        return Judged(0.0, state="failed", detail={"accuracy": 0.0})
 
 
 def _judge(row: Row, protocol: str) -> Judged:

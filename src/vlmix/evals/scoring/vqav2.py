@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from vlmix.core.parts import SCORERS
-from vlmix.core.scoring import Judged, Protocol, Row, Scorer, Summary
+from vlmix.core.sample import Judged, Row
+from vlmix.core.scoring import Protocol, Scorer, Summary
 from vlmix.evals.scoring._tally import UNANSWERED, grouped, mean, percent, texts
 from vlmix.evals.scoring._vqa_text import agreement, evalai, evalai_words, one_line, vqaeval_words
 
@@ -68,6 +69,10 @@ class VQAv2Scorer(Scorer):
             groups = grouped((str(fields[field]), share) for fields, share in shares if field in fields)
             summary[f"{name}_percent"] = {kind: percent(values) for kind, values in groups.items()}
         return summary
+
+    def failed(self, row: Row, judged: Judged, protocol: str) -> Judged:
+        """No annotator agrees with it."""
+        return Judged(0.0, state="failed", detail={"accuracy": 0.0})
 
 
 def _judge(row: Row, protocol: str) -> Judged:
