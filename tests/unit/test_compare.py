@@ -229,5 +229,6 @@ def test_the_frontier_holds_those_no_other_beats():
         Priced(*each, 0, 1)
         for each in (("dear", 9, 0.7), ("best", 9, 0.8), ("cheap", 1, 0.5), ("worse", 2, 0.4))
     ]
+    runs += [Priced("failed", 0.1, -math.inf, None, None), Priced("unpriced", math.nan, 0.9, None, None)]
     assert [run.name for run in frontier(runs)] == ["cheap", "best"]
     assert pareto_picture("$x", runs, "GFLOP", "accuracy").startswith(b"\x89PNG")

@@ -83,7 +83,7 @@ def figure_intervals(
     left = [name for name in names if name not in found]
     if not left:
         return FigureIntervals({name: found[name] for name in names})
-    dealt = _Dealt.deal(scores, seed)
+    dealt = Dealt.deal(scores, seed)
     told = [_told(summarise, dealt.without(block)) for block in range(dealt.count)]
     replicates = {name: [each.get(name, math.nan) for each in told] for name in left}
     for name in left:
@@ -115,8 +115,8 @@ def jackknife_error(replicates: NDArray[np.float64]) -> tuple[float, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Dealt:
-    """The groups, dealt into blocks; ``name`` is the same for the same groups in the same blocks."""
+class Dealt:
+    """The groups, dealt into ``count`` blocks; ``name`` tells the same groups in the same blocks."""
 
     clusters: Sequence[Sequence[Score]]
     block_of: Sequence[int]
@@ -124,7 +124,8 @@ class _Dealt:
     name: str
 
     @classmethod
-    def deal(cls, scores: Sequence[Score], seed: int) -> _Dealt:
+    def deal(cls, scores: Sequence[Score], seed: int) -> Dealt:
+        """Deal them out, in whatever order the scores come."""
         clusters = grouped(scores)
         most = _BLOCKS if len(scores) <= _MANY_SCORES else _FEWER_BLOCKS
         count = min(len(clusters), most)
@@ -136,9 +137,11 @@ class _Dealt:
 
     @property
     def scores(self) -> int:
+        """How many scores the groups hold."""
         return sum(map(len, self.clusters))
 
     def without(self, block: int) -> list[Score]:
+        """The scores of all other blocks."""
         kept = (c for c, own in zip(self.clusters, self.block_of, strict=True) if own != block)
         return list(chain.from_iterable(kept))
 
@@ -193,7 +196,7 @@ def _means_by_value(
     return moving, found
 
 
-def _mean_by_task(value: float, drawn: NDArray[np.float64], dealt: _Dealt, seed: int) -> Interval | None:
+def _mean_by_task(value: float, drawn: NDArray[np.float64], dealt: Dealt, seed: int) -> Interval | None:
     """The interval of a figure that follows the mean of counted scores, all or one task's, in every block."""
     if not np.isfinite(drawn).all() or np.ptp(drawn) == 0:
         return None
@@ -225,7 +228,7 @@ def _scaled(interval: Interval, scale: float) -> Interval:
     return replace(interval, value=value, low=low, high=high)
 
 
-def _by_jackknife(value: float, drawn: NDArray[np.float64], dealt: _Dealt, whole: float | None) -> Interval:
+def _by_jackknife(value: float, drawn: NDArray[np.float64], dealt: Dealt, whole: float | None) -> Interval:
     n, groups = dealt.scores, len(dealt.clusters)
     none = Interval(value, value, value, n, groups, UNDETERMINED)
     if len(drawn) < 2 or not np.isfinite(drawn).all():
@@ -241,7 +244,7 @@ def _by_jackknife(value: float, drawn: NDArray[np.float64], dealt: _Dealt, whole
 
 
 def _by_groups_alone(
-    summarise: Summarise, values: Mapping[str, float], wholes: Mapping[str, float], dealt: _Dealt
+    summarise: Summarise, values: Mapping[str, float], wholes: Mapping[str, float], dealt: Dealt
 ) -> dict[str, Interval]:
     """Wilson's interval for shares that nothing moves, over the groups on which each is defined at all."""
     if not wholes:
