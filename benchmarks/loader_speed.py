@@ -112,13 +112,18 @@ def usual(rows: Path, processor: Any, tokenizer: Any) -> Callable[[int], int]:
 
 
 def resident() -> int:
-    """Bytes that this process and its children hold, shared ones once."""
+    """Bytes that this process and its children hold, shared ones once.
+
+    Pages of library files are left out: how many there are to a process depends on who else maps them.
+    """
     pids = [os.getpid()]
     children = Path(f"/proc/{pids[0]}/task/{pids[0]}/children").read_text(encoding="ascii").split()
     total = 0
     for pid in [*pids, *map(int, children)]:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-        total += int(text.partition("Pss:")[2].split()[0]) * 1024
+        total += sum(
+            int(text.partition(f"{kind}:")[2].split()[0]) * 1024 for kind in ("Pss_Anon", "Pss_Shmem")
+        )
     return total
 
 

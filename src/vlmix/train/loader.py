@@ -5,6 +5,7 @@ What a step contains depends on its number alone (``reading``): workers change n
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from vlmix.train.parallel.tellings import everywhere, told_of
 from vlmix.train.reading import Parcel, Prepared, StepReader, parcel
 
 _AHEAD = 2  # steps that each worker prepares beforehand
+_MMAP_THRESHOLD, _LARGE = -3, 2**20  # of glibc's mallopt; bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,19 @@ def _begin_worker(number: int) -> None:
     """Ctrl-C is the parent's to handle; decoding is parallel across workers, not inside one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    _give_back_large_blocks()
+
+
+def _give_back_large_blocks() -> None:
+    """Have every picture's pixels go back to the system when they are freed.
+
+    By itself glibc soon keeps blocks of up to 32 MB in its heap, where a small one behind them holds them for
+    good: a worker grew to five times its size over 8000 pictures.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
 
 
 def _fault(error: RuntimeError, timeout: float) -> str:
