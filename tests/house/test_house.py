@@ -117,15 +117,23 @@ def test_auto_classes_know_vlmix_in_either_order_of_import():
     pairs = [("vlmix", "transformers"), ("transformers", "vlmix"), ("vlmix", mixtral)]
     # Both import Auto modules on their way, before peft has what adapters need.
     pairs += [("vlmix", "peft"), ("vlmix", "transformers.trainer"), ("vlmix.models.adapters", "transformers")]
-    for first, second in pairs:
-        code = (
-            f"import {first}, {second}\n"
-            "from transformers import AutoConfig, AutoModelForImageTextToText as A\n"
-            "c = AutoConfig.for_model('vlmix')\n"
-            "print(type(c).__name__, A._model_mapping[type(c)].__name__)"
-        )
-        run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
-        assert run.stdout.strip() == "VlmixConfig VlmixForConditionalGeneration", run.stderr
+    # Each pair is imported by a child of a process that has torch, which none of them is about.
+    code = (
+        "import os, sys, torch, torchvision\n"
+        "for pair in sys.argv[1:]:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        exec('import ' + pair)\n"
+        "        from transformers import AutoConfig, AutoModelForImageTextToText as A\n"
+        "        c = AutoConfig.for_model('vlmix')\n"
+        "        print(pair, type(c).__name__, A._model_mapping[type(c)].__name__, flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+    )
+    told = [", ".join(pair) for pair in pairs]
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code, *told], capture_output=True, text=True)
+    wanted = [f"{pair} VlmixConfig VlmixForConditionalGeneration" for pair in told]
+    assert run.stdout.splitlines() == wanted, run.stderr
 
 
 def test_no_file_reads_pickle_or_runs_text():
