@@ -48,7 +48,7 @@ bench-mining: .venv/.ready ## Patch mining: what it sees more, and what the abso
 bench-fusion: .venv/.ready ## Every fusion beside the others: tokens, parameters, time, memory
 	$(BIN)/python benchmarks/fusion_cost.py --out runs/bench-fusion/fusion_cost.json
 
-bench-fusion-claims: .venv/.ready ## Eagle's four findings on six fusions, frozen or not, aligned or not (an hour)
+bench-fusion-claims: .venv/.ready ## Eagle's four findings on six fusions, frozen or not, aligned or not (half an hour)
 	$(BIN)/python benchmarks/fusion_claims.py --out runs/bench-fusion-claims
 
 bench-features: .venv/.ready ## An epoch on features that are kept beside one that computes them
