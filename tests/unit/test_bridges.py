@@ -1,7 +1,6 @@
 """Other harnesses' requests, in the shapes they document, answered by a model of ours."""
 
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 
 import pytest
 from PIL import Image
@@ -113,6 +112,17 @@ def test_lm_evaluation_harness_finds_the_model_by_name(folder):
 @pytest.mark.filterwarnings("ignore")  # the harness's own, and those of what it imports
 def test_lmms_eval_finds_the_model_by_its_entry_point(folder):
     pytest.importorskip("lmms_eval", reason="needs lmms-eval, which is not a dependency of vlmix")
-    (found,) = entry_points(group="lmms_eval.models", name="vlmix")
-    manifest = found.load()()
-    assert manifest.model_id == "vlmix"
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.models import get_model
+
+    def messages(document):
+        return [{"role": "user", "content": [{"type": "text", "text": document["question"]}]}]
+
+    model = get_model("vlmix").create_from_arg_string(f"pretrained={folder}", ARGUMENTS)
+    model.task_dict = {"mine": {"test": [{"question": "What is it?"}]}}
+    arguments = ("", messages, {"max_new_tokens": 3}, 0, "mine", "test")
+    told = {"task": "mine", "doc_id": 0, "repeats": 1, "split": "test"}
+    asked = Instance("generate_until", arguments, 0, told)
+    (said,) = model.generate_until([asked])
+    assert isinstance(said, str)
+    assert model.generate_until([asked]) == [said]
