@@ -1,12 +1,12 @@
 """Experts here beside transformers' eager loop, its other kernels and a dense network of equal active size.
 
 Same weights and the same random choices for all: k of E experts a token, each SwiGLU. Training is the forward
-pass and the gradients of weights, tokens and shares. Times are taken in turns; ratios are eager's time over
-the other's in the same turn, so above 1 is faster than eager. On a CPU they are times of this process, which
-others on the machine disturb less; on an accelerator achieved TFLOP/s are given too. Peak memory is that of
-one step beyond weights and inputs, on the CPU in a process of its own. "Zeros" does nothing but allocate the
-gradient of every expert's weights and fill it with 0, as any way must that hands a whole gradient to the
-optimizer: its ratio is the most that one of them could reach, its own products and calls for nothing.
+pass and the gradients of weights, tokens and shares; an update, measured for one token, is that and what
+reads the gradients: clipping and AdamW. Times are taken in turns; ratios are eager's time over the other's in
+the same turn, so above 1 is faster than eager. On a CPU they are times of this process, which others on the
+machine disturb less; on an accelerator achieved TFLOP/s are given too. Peak memory is that of one step beyond
+weights and inputs, on the CPU in a process of its own. "Zeros" does nothing but allocate the gradient of
+every expert's weights and fill it with 0.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class Case:
     @property
     def multiply_adds(self) -> int:
         """Of the three matrices, forward, and twice as many again for their gradients."""
-        passes = 1 if self.step == "forward" else 3
+        passes = 1 if self.step == "forward" else 3  # an update multiplies no matrices of its own
         return passes * 3 * self.tokens * self.chosen * self.width * self.inner
 
     def ways(self) -> list[str]:
         """Those that can run it."""
         copied = 3 * self.tokens * self.chosen * self.width * self.inner * DTYPES[self.dtype].itemsize
-        left_out = {"batched_mm": copied > COPIES, ZEROS: self.step == "forward"}
+        left_out = {"batched_mm": copied > COPIES, ZEROS: self.step != "training"}
         return [way for way in WAYS if not left_out.get(way, False)]
 
 
@@ -135,7 +135,15 @@ def runner(way: str, case: Case, device: torch.device) -> Callable[[], Tensor]:
             parameter.grad = torch.zeros_like(parameter)
         return x_TD
 
-    return zeros if way == ZEROS else forward if case.step == "forward" else training
+    optimizer = torch.optim.AdamW(made.parameters(), fused=True)
+
+    def update() -> Tensor:
+        y_TD = training()
+        nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        optimizer.step()
+        return y_TD
+
+    return zeros if way == ZEROS else {"forward": forward, "training": training, "update": update}[case.step]
 
 
 def seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -152,12 +160,13 @@ def seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float
 def measure(case: Case, turns: int, device: torch.device, peaks: dict[str, int]) -> dict[str, Any]:
     """Every way to compute the case, in turns."""
     runs = {way: runner(way, case, device) for way in case.ways()}
+    # Before anything else, since updates change the weights.
+    mine, theirs = runs[OURS]().float(), runs[EAGER]().float()
     repeats = {way: max(1, int(TURN / seconds(run, 3, device))) for way, run in runs.items()}
     taken: dict[str, list[float]] = {way: [] for way in runs}
     for turn in range(turns):
         for way in list(runs) if turn % 2 else list(runs)[::-1]:
             taken[way].append(seconds(runs[way], repeats[way], device))
-    mine, theirs = runs[OURS]().float(), runs[EAGER]().float()
     row: dict[str, Any] = {
         **asdict(case),
         "kernel": kernel_for(_stacked(case, device), DTYPES[case.dtype], device),
@@ -218,7 +227,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for experts, bar in BARS.items():
         # Four experts are held to their bar in either step; the others gain in the backward pass.
-        mine = [r for r in rows if r["experts"] == experts and (experts == 4 or r["step"] == "training")]
+        steps = ("forward", "training") if experts == 4 else ("training",)
+        mine = [row for row in rows if row["experts"] == experts and row["step"] in steps]
         if mine:
             least = min(mine, key=lambda r: r[OURS]["ratio"])
             where = f"k={least['chosen']}, {least['tokens']} tokens, {least['dtype']}, {least['step']}"
@@ -229,6 +239,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
             )
     decoding = [r[OURS]["ratio"] for r in rows if r["tokens"] == 1 and r["step"] == "forward"]
     lines.append(f"one token, forward: least {min(decoding):.2f}; bar 1.00")
+    updates = [r[OURS]["ratio"] for r in rows if r["step"] == "update"]
+    lines.append(f"one token, update: {min(updates):.2f} to {max(updates):.2f}; no bar")
     return lines
 
 
@@ -263,7 +275,8 @@ def main() -> None:
         for dtype in DTYPES
         for sizes in SIZES[size]
         for tokens in TOKENS
-        for step in ("forward", "training")
+        for step in ("forward", "training", "update")
+        if step != "update" or tokens == 1
     ]
     # Before anything runs here: a child has the memory its parent ever touched.
     peaks = cpu_peaks(cases) if device.type == "cpu" else [{} for _ in cases]

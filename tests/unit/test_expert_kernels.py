@@ -1,5 +1,8 @@
 """The loop over experts beside transformers' kernels: few rows and many, autocast, absent experts."""
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from vlmix.moe import memory, precision
 from vlmix.moe.experts import StackedExperts
 from vlmix.moe.kernels import LOOP, kernel_for, loop
 
@@ -110,3 +114,69 @@ def test_the_choice_of_a_kernel_explains_itself():
         name, why = kernel_for(made, *place)
         assert name == LOOP
         assert reason in why
+
+
+@pytest.mark.parametrize("units", [True, False], ids=["matrix units", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_bfloat16_products_are_rounded_once_where_a_cpu_is_slow_at_them(units, bias, monkeypatch):
+    monkeypatch.setattr(precision, "_lacks_matrix_units", lambda: not units)
+    generator = torch.Generator().manual_seed(0)
+    for rows_, rounded_once in ((64, not units), (63, False)):
+        x, weight, b = (torch.randn(*s, generator=generator) for s in ((rows_, 80), (70, 80), (70,)))
+        b = b if bias else None
+        with torch.autocast("cpu", torch.bfloat16):  # this is what autocast would round
+            native = nn.functional.linear(x, weight, b)
+        x, low = x.bfloat16(), [None if w is None else w.bfloat16().float() for w in (weight, b)]
+        exact = nn.functional.linear(x.float(), *low).bfloat16() if rounded_once else native
+        out = torch.empty(rows_, 70, dtype=torch.bfloat16)
+        precision.multiply(x, weight.T, out, b)
+        for found in (out, precision.linear(x, weight, b)):
+            assert_close(found, exact, rtol=0, atol=0)
+        wide = torch.empty(rows_, 70)  # gradients of weights that are kept in float32
+        precision.multiply(x, weight.T, wide, b)
+        assert_close(wide, exact.float(), rtol=1 / 128, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chosen", [[], [0], [5, 40], [63], list(range(64))], ids=str)
+@pytest.mark.parametrize("huge", [True, False])
+def test_the_gradient_of_a_stack_is_zero_but_where_it_is_written(dtype, chosen, huge, monkeypatch):
+    if not huge:
+        monkeypatch.setattr(memory, "huge_page", lambda: 0)
+    elif not memory.huge_page():
+        pytest.skip("no huge pages here")
+    stack = torch.empty(64, 256, 256, dtype=dtype)
+    before = resident()
+    made = memory.gradient_stack(stack, chosen)
+    for expert in chosen:
+        made[expert] = expert + 1
+    touched = resident() - before
+    expected = torch.zeros(64)
+    expected[chosen] = torch.tensor(chosen, dtype=torch.float32) + 1
+    assert_close(made.float().amax((1, 2)), expected)
+    assert_close(made.float().amin((1, 2)), expected)
+    assert made.shape == stack.shape
+    assert made.dtype == dtype
+    assert made.is_contiguous()
+    if huge and len(chosen) <= 2:
+        assert made.data_ptr() % memory.huge_page() == 0
+        assert touched <= made.nbytes / 2
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not memory.huge_page(), reason="no huge pages here")
+def test_a_parameter_keeps_the_gradient_it_is_given():
+    config = PreTrainedConfig()
+    config._experts_implementation = None
+    made = StackedExperts(config, 64, (256, 256, 256), nn.SiLU(), gated=True)
+    made.reset()
+    x_RD = torch.ones(1, 256)
+    for _ in range(2):
+        made(x_RD, torch.tensor([[3, 50]]), torch.ones(1, 2)).sum().backward()
+        for parameter in made.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.data_ptr() % memory.huge_page() == 0  # a copy would lie anywhere

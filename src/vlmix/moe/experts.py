@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from vlmix.core.interfaces import Part
 from vlmix.moe.kernels import run_kernel
+from vlmix.moe.precision import linear
 from vlmix.moe.structure import FeedForward, linear_weight
 
 
@@ -96,11 +96,11 @@ class StackedExperts(Part):
 
     def alone(self, expert: int, x_RD: Tensor) -> Tensor:
         """Rows (R, inputs) through one expert, in their precision: (R, outputs)."""
-        first, down = (stack[expert].to(x_RD.dtype) for stack in (self.first, self.down_proj))
-        if self.first_bias is None or self.last_bias is None:
-            return F.linear(self.inside(F.linear(x_RD, first)), down)
-        first_bias, last_bias = (stack[expert].to(x_RD.dtype) for stack in (self.first_bias, self.last_bias))
-        return F.linear(self.inside(F.linear(x_RD, first, first_bias)), down, last_bias)
+        first_bias, last_bias = (
+            None if stack is None else stack[expert] for stack in (self.first_bias, self.last_bias)
+        )
+        inner_RI = self.inside(linear(x_RD, self.first[expert], first_bias))
+        return linear(inner_RI, self.down_proj[expert], last_bias)
 
     def cast(self, dtype: torch.dtype) -> SimpleNamespace:
         """What a kernel reads, with weights of another precision; gradients reach this module's own."""

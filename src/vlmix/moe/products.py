@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from vlmix.moe.memory import gradient_stack
+from vlmix.moe.precision import multiply
+
 
 @dataclass(frozen=True, slots=True)
 class Sorting:
@@ -148,22 +151,14 @@ def _product(x_SI: Tensor, stack_EOI: Tensor, bias_EO: Tensor | None, sorting: S
     """Every sorted choice times its expert's matrix: (S, O)."""
     y_SO = sorting.empty(x_SI, stack_EOI.shape[1])
     for expert, x, y in zip(sorting.experts, sorting.parts(x_SI), sorting.parts(y_SO), strict=False):
-        matrix_IO = _in_dtype_of(x_SI, stack_EOI[expert]).T
-        if bias_EO is None:
-            torch.mm(x, matrix_IO, out=y)
-        else:
-            torch.addmm(_in_dtype_of(x_SI, bias_EO[expert]), x, matrix_IO, out=y)
+        multiply(x, stack_EOI[expert].T, y, None if bias_EO is None else bias_EO[expert])
     return y_SO
-
-
-def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
-    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
 
 def _input_gradient(g_SO: Tensor, stack_EOI: Tensor, sorting: Sorting) -> Tensor:
     dx_SI = sorting.empty(g_SO, stack_EOI.shape[2])
     for expert, g, dx in zip(sorting.experts, sorting.parts(g_SO), sorting.parts(dx_SI), strict=False):
-        torch.mm(g, _in_dtype_of(g_SO, stack_EOI[expert]), out=dx)
+        multiply(g, stack_EOI[expert], dx)
     return dx_SI
 
 
@@ -181,20 +176,11 @@ def _bias_gradient(g_SO: Tensor, bias_EO: Tensor, sorting: Sorting) -> Tensor:
 
 def _weight_gradient(g_SO: Tensor, x_SI: Tensor, stack_EOI: Tensor, sorting: Sorting) -> Tensor:
     """Experts without choices get 0, not nothing: their optimizer steps like any other."""
-    dw_EOI = torch.empty_like(stack_EOI, memory_format=torch.contiguous_format)
-    done = 0
+    dw_EOI = gradient_stack(stack_EOI, sorting.experts)
     for expert, g, x in zip(sorting.experts, sorting.parts(g_SO), sorting.parts(x_SI), strict=False):
-        if done < expert:
-            dw_EOI[done:expert].zero_()
-        dw_OI = dw_EOI[expert]
-        if dw_OI.dtype != g.dtype:
-            dw_OI.copy_(g.T @ x)
-        elif len(g) == 1:
+        if len(g) == 1 and g.dtype == dw_EOI.dtype:
             # A product of two vectors has nothing to add up: several times faster without matrix products.
-            torch.mul(g.T, x, out=dw_OI)
+            torch.mul(g.T, x, out=dw_EOI[expert])
         else:
-            torch.mm(g.T, x, out=dw_OI)
-        done = expert + 1
-    if done < len(dw_EOI):
-        dw_EOI[done:].zero_()
+            multiply(g.T, x, dw_EOI[expert])
     return dw_EOI
