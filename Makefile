@@ -22,10 +22,10 @@ demo: .venv/.ready ## Train, judge and ask a small model: five minutes, no downl
 test: .venv/.ready ## Everything that must hold: lint, types, layers, all tests
 	$(BIN)/ruff format --check --quiet src tests benchmarks
 	$(BIN)/ruff check --quiet src tests benchmarks
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 check: lint types .venv/.ready ## Before a commit, within 90 seconds: lint, types, layers, fast tests without comparisons
-	$(BIN)/pytest -n 2 -m "not slow and not flow and not parity" -q
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not flow and not parity" -q
 
 lint: .venv/.ready ## Formatting and lint
 	$(BIN)/ruff format --check --quiet src tests benchmarks

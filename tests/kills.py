@@ -96,28 +96,25 @@ def finished(pid):
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def until(pid, phase, wanted):
-    """Wait for a phase; False if the child ended before."""
-    while phase[0] != PHASES.index(wanted):
+def until(pid, phase, wanted, *, over=False):
+    """Wait until a phase begins, or is over; False if the child ended before."""
+    while (phase[0] == PHASES.index(wanted)) == over:
         if finished(pid) is not None:
             return False
         time.sleep(0.0005)
     return True
 
 
-def kill_once(out, phase, naive, chance, took):
+def kill_once(out, phase, naive, chance, where, took):
     """One start and one kill: the phase it fell in; ``None`` if the run ended first, or its error.
 
-    A third of the kills fall at any moment, a third after training began, a third around a save.
+    ``took`` says how long a phase lasts, STARTING how long the whole run does: that kill falls anywhere.
     """
     pid = begin(out, phase, naive)
-    where = chance.choice((STARTING, TRAINING, SAVING))
-    if where == STARTING:
-        time.sleep(chance.uniform(0, took))
-    for _ in range(chance.randint(1, 4) if where != STARTING else 0):
-        if not until(pid, phase, where):
+    for later in reversed(range(chance.randint(1, 4) if where != STARTING else 1)):
+        if not until(pid, phase, where) or (later and not until(pid, phase, where, over=True)):
             return ended(out)
-        time.sleep(chance.uniform(0, 0.03))
+    time.sleep(chance.uniform(0, took[where]))
     if finished(pid) is not None:
         return ended(out)
     os.kill(pid, signal.SIGKILL)
@@ -140,14 +137,36 @@ def check(out, reference):
     return ""
 
 
+def warm_up(out):
+    """Train once here: children then need not import, find fonts and set up kernels, each for itself."""
+    train(what(), out)
+
+
+def watched(pid, phase):
+    """How long a step and a save of a run take that nobody kills, and all of it."""
+    start = time.monotonic()
+    spent = dict.fromkeys(PHASES, 0.0)
+    while finished(pid) is None:
+        before = time.monotonic()
+        time.sleep(0.0005)
+        spent[PHASES[phase[0]]] += time.monotonic() - before
+    return {
+        STARTING: time.monotonic() - start,
+        TRAINING: spent[TRAINING] / STEPS,
+        SAVING: spent[SAVING] / STEPS,
+    }
+
+
 def attack(folder, kills, seed, naive=False):
-    """Kill runs ``kills`` times; every run is restarted until it ends, and then checked."""
+    """Kill runs ``kills`` times; every run is restarted until it ends, and then checked.
+
+    A third of the kills fall at any moment, a third in or after a step, a third in a save.
+    """
     chance, phase = random.Random(seed), mmap.mmap(-1, 1)
     whole = folder / "whole" / "run"
     whole.parent.mkdir(parents=True)
-    start = time.monotonic()
-    os.waitpid(begin(whole, phase, naive=False), 0)
-    took = time.monotonic() - start
+    warm_up(folder / "warm")
+    took = watched(begin(whole, phase, naive=False), phase)
     reference = {"digest": digest(whole), "told": told(whole)}
     fallen, problems, runs = [], [], 0
     while len(fallen) < kills and not (naive and problems):
@@ -155,7 +174,8 @@ def attack(folder, kills, seed, naive=False):
         out.parent.mkdir()
         runs += 1
         while len(fallen) < kills:
-            where, problem = kill_once(out, phase, naive, chance, took)
+            aim = (STARTING, TRAINING, SAVING)[len(fallen) % 3]
+            where, problem = kill_once(out, phase, naive, chance, aim, took)
             if where is None:
                 break
             fallen.append(where)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from tests.kills import digest
+from tests.kills import digest, warm_up
 from tests.processes import free_port
 from tests.runs import one_stage, synth, told, train
 from vlmix.core import files
@@ -110,6 +110,7 @@ def run(out, moment=None, seconds=120):
 
 def attack(folder):
     """For each moment, what was left and what came of it."""
+    warm_up(folder / "warm")
     found = {}
     for number, moment in enumerate((None, *MOMENTS)):
         out = folder / str(number) / "run"

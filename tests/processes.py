@@ -13,7 +13,23 @@ import torch
 import torch.multiprocessing as mp
 
 _METHOD = "forkserver"
-_IMPORTED = ["tests.runs", "vlmix.train.run", "vlmix.train.parallel.sharding", "vlmix.models.modeling"]
+IMPORTED = [
+    "tests.runs",
+    "vlmix.train.run",
+    "vlmix.train.parallel.sharding",
+    "vlmix.models.modeling",
+    # What these import when they are first used.
+    "timm",
+    "matplotlib.backends.backend_agg",
+    "torch.utils.tensorboard",
+    # The commands, which import the rest once they are called.
+    "vlmix.cli.main",
+    "vlmix.cli.flow",
+    "vlmix.cli.judging",
+    "vlmix.evals.cost",
+    "vlmix.models.plan",
+    "vlmix.train.costs",
+]
 
 
 def _begin(rank, function, world, port, arguments):
@@ -39,9 +55,16 @@ def start(function, *arguments, world=2):
     return start_ranks(_begin, function, world, free_port(), arguments, world=world)
 
 
+def context():
+    """Where processes come from that have imported everything."""
+    forkserver = mp.get_context(_METHOD)
+    forkserver.set_forkserver_preload(IMPORTED)
+    return forkserver
+
+
 def start_ranks(function, *arguments, world=2):
     """Start ``function``, whose first argument is the rank, on ``world`` processes and return them."""
-    mp.get_context(_METHOD).set_forkserver_preload(_IMPORTED)
+    context()
     return mp.start_processes(function, arguments, nprocs=world, join=False, start_method=_METHOD)
 
 

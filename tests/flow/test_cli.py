@@ -1,17 +1,14 @@
 """The command line as a user meets it: a tiny run from recipe to answer, and what mistakes lead to."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from tests.commands import vlmix
+
 pytestmark = pytest.mark.flow
-VLMIX = Path(sys.executable).with_name("vlmix")
 STAGE = {
     "train": {"*": 1e-3},
     "data": [{"source": {"kind": "synth", "size": 64, "image_size": 48, "tasks": ["colour", "count"]}}],
@@ -54,27 +51,11 @@ RECIPE = {
 }
 
 
-def vlmix(*arguments, cwd, check=None, **environment):
-    run = subprocess.run(
-        [str(VLMIX), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "200", **environment},
-    )
-    if check is not None:
-        assert run.returncode == check, run.stdout + run.stderr
-    assert "Traceback" not in run.stderr
-    return run
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
-    trained = vlmix("train", "tiny.yaml", "--out", "run", cwd=folder, check=0)
+    trained = vlmix("train", "tiny.yaml", "--out", "run", cwd=folder, check=0, installed=True)
     assert "encoders" in trained.stderr or "*" in trained.stderr
     assert {p.name for p in (folder / "run").iterdir()} >= {"model", "report", "metrics.jsonl", "curves.png"}
     Image.new("RGB", (70, 50), (200, 30, 30)).save(folder / "red.png")
@@ -169,5 +150,5 @@ def test_help_list_and_doctor_speak(tmp_path):
         assert "Usage" in vlmix(*command, "--help", cwd=tmp_path, check=0).stdout
     listed = vlmix("list", cwd=tmp_path, check=0).stdout
     assert all(word in listed for word in ("clip", "patch_mining", "mlp", "llava_json", "nlvr", "demo"))
-    assert "torch" in vlmix("doctor", cwd=tmp_path, check=0).stdout
-    assert vlmix("--version", cwd=tmp_path, check=0).stdout.startswith("vlmix ")
+    assert "torch" in vlmix("doctor", cwd=tmp_path, check=0, installed=True).stdout
+    assert vlmix("--version", cwd=tmp_path, check=0, installed=True).stdout.startswith("vlmix ")

@@ -15,6 +15,7 @@ from importlinter.application.use_cases import lint_imports
 from importlinter.configuration import configure
 
 import vlmix
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "src/vlmix").rglob("*.py"))
@@ -109,6 +110,11 @@ def test_public_names_are_those_written_down():
         assert getattr(vlmix, name).__name__ == name
     with pytest.raises(AttributeError):
         _ = vlmix.nothing_of_this_name
+
+
+def test_what_test_processes_start_with_is_there():
+    for name in processes.IMPORTED:  # the server they are forked from would say nothing
+        importlib.import_module(name)
 
 
 @pytest.mark.slow
