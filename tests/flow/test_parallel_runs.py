@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests import processes
 from tests.runs import CONVNEXT, LANGUAGE, TINY, recipe, stage, synth, told, train
 from vlmix import load
 from vlmix.models.modeling import VlmixForConditionalGeneration
@@ -54,12 +55,12 @@ def mixed(folder, **changes):
     return recipe(model=MODEL, stages=[align, tune, last], **changes)
 
 
-def torchrun(what, out, *more):
+def torchrun(what, out):
     path = out.with_suffix(".yaml")
     write_recipe(path, what)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(
-        [*start, "-m", "vlmix", "train", str(path), "--out", str(out), *more],
+        [*start, "-m", "vlmix", "train", str(path), "--out", str(out)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -115,7 +116,8 @@ def test_any_number_of_processes_goes_on(runs, tmp_path, begun, world):
     if world == 1:
         train(mixed(runs), out, resume=True)
     else:
-        torchrun(mixed(runs, parallel={"kind": "ddp"} if begun == "one" else {}), out, "--resume")
+        changes = {"parallel": {"kind": "ddp"}} if begun == "one" else {}
+        processes.run(train, mixed(runs, **changes), out, True)
     same(runs / begun, out)
     if (begun, world) == ("two", 2):
         assert told(out) == told(runs / begun)

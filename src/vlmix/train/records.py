@@ -165,7 +165,9 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6))
+    # Margins that are given: finding them takes half as long again as everything else.
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.09, top=0.97, hspace=0.14)
     FigureCanvasAgg(figure)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for stage in dict.fromkeys(row["stage"] for row in metrics):
@@ -180,7 +182,9 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     loss_axes.set_ylabel("loss, nats per token")
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_xlabel("optimizer step")
+    rate_axes.ticklabel_format(axis="y", scilimits=(0, 0))
     for axes in (loss_axes, rate_axes):
+        axes.yaxis.set_label_coords(-0.07, 0.5)
         axes.grid(alpha=0.3)
         if metrics:
             axes.legend(fontsize="small")
