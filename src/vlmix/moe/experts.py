@@ -96,11 +96,11 @@ class StackedExperts(Part):
 
     def alone(self, expert: int, x_RD: Tensor) -> Tensor:
         """Rows (R, inputs) through one expert, in their precision: (R, outputs)."""
-        first_bias, last_bias = (
-            None if stack is None else stack[expert] for stack in (self.first_bias, self.last_bias)
-        )
-        inner_RI = self.inside(linear(x_RD, self.first[expert], first_bias))
-        return linear(inner_RI, self.down_proj[expert], last_bias)
+        first, down = self.first[expert], self.down_proj[expert]
+        if self.first_bias is None or self.last_bias is None:
+            return linear(self.inside(linear(x_RD, first)), down)
+        inner_RI = self.inside(linear(x_RD, first, self.first_bias[expert]))
+        return linear(inner_RI, down, self.last_bias[expert])
 
     def cast(self, dtype: torch.dtype) -> SimpleNamespace:
         """What a kernel reads, with weights of another precision; gradients reach this module's own."""
