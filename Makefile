@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: bench-eval bench-train bench-loader help setup demo test check lint types layers format bench-mining bench-fusion bench-fusion-claims bench-features bench-llava bench-moe bench-moe-claims bench-nlvr bench-mome bench-continual bench-search clean
+.PHONY: bench-eval bench-train bench-loader help setup demo test check lint types layers format bench-mining bench-fusion bench-fusion-claims bench-features bench-llava bench-moe bench-moe-memory bench-moe-claims bench-nlvr bench-mome bench-continual bench-search clean
 
 help: ## What there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ bench-llava: .venv/.ready ## LLaVA-1.5 here beside transformers' own model: time
 
 bench-moe: .venv/.ready ## Experts beside transformers' eager loop and a dense network: time, memory
 	$(BIN)/python benchmarks/moe_speed.py --out runs/bench-moe/moe_speed.json
+
+bench-moe-memory: .venv/.ready ## Gradients of experts in mapped memory: what whoever reads them pays
+	$(BIN)/python benchmarks/gradient_memory.py --out runs/bench-moe/gradient_memory.json
 
 bench-moe-claims: .venv/.ready ## Experts beside a dense model trained the same way (an hour)
 	$(BIN)/python benchmarks/moe_claims.py --out runs/bench-moe-claims
