@@ -5,7 +5,6 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from tests import processes
 from tests.flow.test_continual_runs import METHODS, of
 from tests.runs import CONVNEXT, LANGUAGE, TINY, recipe, stage, synth, told, train
 
@@ -33,12 +32,6 @@ def tasks(method, layout="fsdp"):
         {**stage("second", {**WORDS, "encoders.*": 1e-2}, synth("count"), **REST), "task": "digits"},
     ]
     return recipe(model=MODEL, stages=listed, continual=method, parallel=LAYOUTS[layout])
-
-
-@pytest.fixture(scope="module")
-def crew():
-    with processes.Crew() as crew:
-        yield crew
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,6 @@ def run_each(out, experts, kind="fsdp", resume=False):
 
 
 @pytest.fixture(scope="module")
-def crew():
-    with processes.Crew() as crew:
-        yield crew
-
-
-@pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
     train(what(), out)

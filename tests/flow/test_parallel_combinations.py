@@ -3,7 +3,7 @@
 import pytest
 
 from tests.flow.test_parallel_runs import MODEL, words
-from tests.processes import Crew, FailedError
+from tests.processes import FailedError
 from tests.runs import recipe, stage, synth, told, train
 from vlmix.train.parallel.pieces import Stored
 
@@ -43,12 +43,6 @@ COMBINATIONS = {
     "windows": {"batching": {"window": 2}},
     "tiles": {"model": {"views": {"kind": "dynamic", "most": 2}}},
 }
-
-
-@pytest.fixture(scope="module")
-def crew():
-    with Crew() as found:
-        yield found
 
 
 def what(folder, *, model=None, parallel=None, train=None, **changes):

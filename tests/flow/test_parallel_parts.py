@@ -140,9 +140,10 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_many_processes_learn_what_one_does(alone, tmp_path, layout):
+def test_many_processes_learn_what_one_does(crew, alone, tmp_path, layout):
     how, world, most = LAYOUTS[layout]
-    processes.run(begin, tmp_path, how, layout == "divided", world=world)
+    given = begin, tmp_path, how, layout == "divided"
+    crew.run(*given) if world == crew.world else processes.run(*given, world=world)
     found = told(tmp_path)
     # Sums in another order, and what AdamW makes of that.
     assert torch.allclose(
@@ -152,9 +153,9 @@ def test_many_processes_learn_what_one_does(alone, tmp_path, layout):
     assert found["held"] <= most
 
 
-def test_checkpoints_serve_any_number_of_processes(alone, tmp_path):
+def test_checkpoints_serve_any_number_of_processes(crew, alone, tmp_path):
     pair = folder_of(tmp_path, "pair")
-    processes.run(begin, pair, {})
+    crew.run(begin, pair, {})
     for name, source, world, exact in (
         ("pair to one", pair, 1, False),
         ("one to pair", alone, 2, False),
@@ -164,7 +165,7 @@ def test_checkpoints_serve_any_number_of_processes(alone, tmp_path):
         if world == 1:
             go_on(out, source / A, {})
         else:
-            processes.run(go_on, out, source / A, {}, world=world)
+            crew.run(go_on, out, source / A, {})
         for stem in ("model", "optimizer"):
             far = difference(out / B, source / B, stem)
             assert far == 0 if exact else far < 1e-4, (name, stem)

@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 
 from tests.flow.test_parallel_combinations import EPS, go, what
-from tests.processes import Crew
 from tests.runs import train
 from vlmix.train.loop import StageLoop
 from vlmix.train.parallel.pieces import Stored
@@ -22,12 +21,6 @@ LEARNING = {
         "train": {"*lora_*": 1e-2, "projector.*": 1e-2},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def crew():
-    with Crew() as found:
-        yield found
 
 
 def save_again(given, out):

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from tests import processes
 from tests.runs import CONVNEXT, LANGUAGE, TINY, recipe, stage, synth, told, train
 from vlmix import load
 from vlmix.models.modeling import VlmixForConditionalGeneration
@@ -108,7 +107,7 @@ def test_two_processes_read_the_samples_of_one_none_twice_and_none_missing(runs)
 
 
 @pytest.mark.parametrize(("begun", "world"), [("one", 2), ("two", 1), ("two", 2)])
-def test_any_number_of_processes_goes_on(runs, tmp_path, begun, world):
+def test_any_number_of_processes_goes_on(crew, runs, tmp_path, begun, world):
     out = tmp_path / "run"
     shutil.copytree(runs / begun, out)
     shutil.rmtree(out / "model")
@@ -117,7 +116,7 @@ def test_any_number_of_processes_goes_on(runs, tmp_path, begun, world):
         train(mixed(runs), out, resume=True)
     else:
         changes = {"parallel": {"kind": "ddp"}} if begun == "one" else {}
-        processes.run(train, mixed(runs, **changes), out, True)
+        crew.run(train, mixed(runs, **changes), out, True)
     same(runs / begun, out)
     if (begun, world) == ("two", 2):
         assert told(out) == told(runs / begun)

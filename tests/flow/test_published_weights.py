@@ -78,10 +78,10 @@ def run_each(folder, out):
 
 
 @pytest.mark.slow
-def test_two_processes_start_from_published_weights_as_one_does(tmp_path):
+def test_two_processes_start_from_published_weights_as_one_does(crew, tmp_path):
     published(tmp_path / "words")
     train(what(tmp_path / "words"), tmp_path / "one")
-    processes.run(run_each, tmp_path / "words", tmp_path / "two")
+    crew.run(run_each, tmp_path / "words", tmp_path / "two")
     losses = [[row["loss"] for row in told(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)  # sums in another order
     same_weights(tmp_path / "one/model", tmp_path / "two/model")

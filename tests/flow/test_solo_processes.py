@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests import processes
 from tests.flow.test_continual_processes import MODEL, REST, same_weights
 from tests.runs import recipe, stage, synth, told, train
 from vlmix.core.errors import InterruptedRunError
@@ -32,12 +31,6 @@ def run_each(out, kind="fsdp", resume=False):
 
 def losses(out):
     return [row["loss"] for row in told(out) if not row.get("reused")]
-
-
-@pytest.fixture(scope="module")
-def crew():
-    with processes.Crew() as crew:
-        yield crew
 
 
 @pytest.fixture(scope="module")
