@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from vlmix.moe import memory, precision
+from vlmix.moe import gathered, memory, precision
 from vlmix.moe.experts import StackedExperts
 from vlmix.moe.kernels import LOOP, kernel_for, loop
 
@@ -38,7 +38,7 @@ def rows(count, dtype=torch.float32):
 
 
 def gradients(y_RD, x_RD, shares_RK, made):
-    y_RD.float().square().sum().backward()
+    y_RD.double().square().sum().backward()
     found = [x_RD.grad, shares_RK.grad, *(parameter.grad for parameter in made.parameters())]
     x_RD.grad = shares_RK.grad = None
     made.zero_grad()
@@ -94,8 +94,31 @@ def test_choices_of_experts_that_are_elsewhere_add_nothing():
             )
 
 
-def test_frozen_weights_and_no_rows_need_no_special_care():
-    made, (x_RD, indices_RK, shares_RK) = experts().requires_grad_(False), rows(9)
+@pytest.mark.parametrize("choices", [[[3, 0]], [[2, 2]], [[1, EXPERTS]]], ids=["two", "one twice", "away"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_one_row_through_copies_gives_what_it_gives_without(choices, bias, trained, monkeypatch):
+    made, (x_1D, _, shares_1K) = experts(gated=False, bias=bias, dtype=torch.float64), rows(1, torch.float64)
+    made.act_fn = nn.PReLU(dtype=torch.float64)
+    made._is_expert_parallel = True
+    for parameter in made.parameters(recurse=False):
+        parameter.requires_grad_(trained)
+    taken = []
+    for most in (2**20, 0):
+        monkeypatch.setattr(gathered, "_SMALL", most)
+        y_1D = loop(made, x_1D, torch.tensor(choices), shares_1K)
+        taken.append(type(y_1D.grad_fn))
+        found = [y_1D, *gradients(y_1D, x_1D, shares_1K, made)]
+        if most:
+            expected = found
+    assert (taken[0] == taken[1]) == (choices != [[3, 0]])
+    assert (None in found) != trained
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_frozen_weights_and_no_rows_need_no_special_care(count):
+    made, (x_RD, indices_RK, shares_RK) = experts().requires_grad_(False), rows(count)
     loop(made, x_RD, indices_RK, shares_RK).sum().backward()
     assert x_RD.grad is not None
     assert all(parameter.grad is None for parameter in made.parameters())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from vlmix.moe.gathered import can_gather, run_gathered
 from vlmix.moe.products import Inside, Sorting, Weights, combine, own_precision, run_networks
 
 LOOP: Final = "loop"
@@ -122,6 +123,8 @@ def loop(experts: Stacked, x_RD: Tensor, indices_RK: Tensor, weights_RK: Tensor)
         if indices_RK.numel() > _FEW * experts.num_experts:
             return _many_rows(experts, x_RD, indices_RK, weights_RK)
     weights = Weights(experts.first, experts.down_proj, experts.first_bias, experts.last_bias)
+    if len(x_RD) == 1 and can_gather(x_RD, chosen := indices_RK[0].tolist(), weights):
+        return run_gathered(x_RD, weights_RK, chosen, weights, experts.inside)
     inside = Inside(experts.inside, tuple(experts.act_fn.parameters()))
     return run_networks(x_RD, weights_RK, Sorting.of(indices_RK, experts.num_experts), weights, inside)
 
