@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: bench-eval bench-train bench-loader help setup demo test check lint types layers format bench-mining bench-fusion bench-fusion-claims bench-features bench-llava bench-moe bench-moe-memory bench-moe-claims bench-nlvr bench-mome bench-continual bench-search clean
+.PHONY: fast bench-eval bench-train bench-loader help setup demo test check lint types layers format bench-mining bench-fusion bench-fusion-claims bench-features bench-llava bench-moe bench-moe-memory bench-moe-claims bench-nlvr bench-mome bench-continual bench-search clean
 
 help: ## What there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,7 +24,10 @@ test: .venv/.ready ## Everything that must hold: lint, types, layers, all tests
 	$(BIN)/ruff check --quiet src tests benchmarks
 	$(BIN)/pytest -n 2 --dist worksteal
 
-check: lint types .venv/.ready ## Before a commit, within 90 seconds: lint, types, layers, fast tests without comparisons
+check: lint ## Before a commit: lint, then types and layers beside the fast tests (two minutes)
+	@$(MAKE) --no-print-directory --jobs 2 types fast
+
+fast: .venv/.ready ## The tests that take moments, without comparisons
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not flow and not parity" -q
 
 lint: .venv/.ready ## Formatting and lint

@@ -9,11 +9,12 @@ that has the package's name.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -78,4 +79,14 @@ class Registry(Generic[T]):
         return {name: folder / f"{name}.py" for folder, name in found if not name.startswith("_")}
 
     def _plugins(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.package)}
+        return _installed().get(self.package, {})
+
+
+@functools.cache
+def _installed() -> dict[str, dict[str, EntryPoint]]:
+    """What installed packages offer, by group and name; once, since it reads a file of each of them."""
+    found: dict[str, dict[str, EntryPoint]] = {}
+    for distribution in distributions():
+        for point in distribution.entry_points:
+            found.setdefault(point.group, {}).setdefault(point.name, point)  # the first on the path counts
+    return found
