@@ -94,26 +94,36 @@ def test_choices_of_experts_that_are_elsewhere_add_nothing():
             )
 
 
-@pytest.mark.parametrize("choices", [[[3, 0]], [[2, 2]], [[1, EXPERTS]]], ids=["two", "one twice", "away"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("act", "gated", "bias", "choices", "copied"),
+    [
+        (nn.SiLU(), True, False, [[3, 0]], True),
+        (nn.ReLU(), False, False, [[0, 3]], True),
+        (nn.SiLU(), True, True, [[3, 0]], False),
+        (nn.PReLU(dtype=torch.float64), False, False, [[3, 0]], False),
+        (nn.SiLU(), True, False, [[2, 2]], False),
+        (nn.SiLU(), True, False, [[1, EXPERTS]], False),
+    ],
+    ids=["gated", "plain", "bias", "learnt activation", "one expert twice", "one elsewhere"],
+)
 @pytest.mark.parametrize("trained", [True, False])
-def test_one_row_through_copies_gives_what_it_gives_without(choices, bias, trained, monkeypatch):
-    made, (x_1D, _, shares_1K) = experts(gated=False, bias=bias, dtype=torch.float64), rows(1, torch.float64)
-    made.act_fn = nn.PReLU(dtype=torch.float64)
+def test_one_row_through_copies_gives_what_it_gives_without(
+    act, gated, bias, choices, copied, trained, monkeypatch
+):
+    made, (x_1D, _, shares_1K) = experts(gated=gated, bias=bias, dtype=torch.float64), rows(1, torch.float64)
+    made.act_fn = act
     made._is_expert_parallel = True
     for parameter in made.parameters(recurse=False):
         parameter.requires_grad_(trained)
-    taken = []
+    found, steps = [], set()
     for most in (2**20, 0):
         monkeypatch.setattr(gathered, "_SMALL", most)
         y_1D = loop(made, x_1D, torch.tensor(choices), shares_1K)
-        taken.append(type(y_1D.grad_fn))
-        found = [y_1D, *gradients(y_1D, x_1D, shares_1K, made)]
-        if most:
-            expected = found
-    assert (taken[0] == taken[1]) == (choices != [[3, 0]])
-    assert (None in found) != trained
-    assert_close(found, expected)
+        steps.add(type(y_1D.grad_fn))
+        found.append([y_1D, *gradients(y_1D, x_1D, shares_1K, made)])
+    assert (len(steps) == 2) == copied
+    assert (found[0][3] is None) != trained
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("count", [1, 9])

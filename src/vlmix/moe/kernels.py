@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Final, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from vlmix.moe.gathered import can_gather, run_gathered
+from vlmix.moe.gathered import Gatherable, can_gather, run_gathered
 from vlmix.moe.products import Inside, Sorting, Weights, combine, own_precision, run_networks
 
 LOOP: Final = "loop"
@@ -25,7 +25,7 @@ _ALIGNMENT: Final = 16
 _FEW: Final = 64
 
 
-class Stacked(Protocol):
+class Stacked(Gatherable, Protocol):
     """What the loop reads of stacked experts; transformers' kernels read more."""
 
     config: PreTrainedConfig
@@ -33,18 +33,7 @@ class Stacked(Protocol):
     inputs: int
     inner: int
     outputs: int
-    act_fn: nn.Module
     _is_expert_parallel: bool
-
-    @property
-    def first(self) -> Tensor:
-        """The weights that read the input: (E, inner or 2 * inner, inputs)."""
-        ...
-
-    @property
-    def down_proj(self) -> Tensor:
-        """The weights that write the output: (E, outputs, inner)."""
-        ...
 
     @property
     def first_bias(self) -> Tensor | None:
@@ -122,9 +111,9 @@ def loop(experts: Stacked, x_RD: Tensor, indices_RK: Tensor, weights_RK: Tensor)
             return _one_row(experts, x_RD, indices_RK, weights_RK)
         if indices_RK.numel() > _FEW * experts.num_experts:
             return _many_rows(experts, x_RD, indices_RK, weights_RK)
+    if len(x_RD) == 1 and can_gather(experts, chosen := indices_RK[0].tolist()):
+        return run_gathered(experts, x_RD, weights_RK, chosen)
     weights = Weights(experts.first, experts.down_proj, experts.first_bias, experts.last_bias)
-    if len(x_RD) == 1 and can_gather(x_RD, chosen := indices_RK[0].tolist(), weights):
-        return run_gathered(x_RD, weights_RK, chosen, weights, experts.inside)
     inside = Inside(experts.inside, tuple(experts.act_fn.parameters()))
     return run_networks(x_RD, weights_RK, Sorting.of(indices_RK, experts.num_experts), weights, inside)
 

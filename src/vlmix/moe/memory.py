@@ -7,6 +7,7 @@ and the same page. With ordinary pages each first look at one would cost more th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import mmap
@@ -27,8 +28,16 @@ def gradient_stack(stack_EOI: Tensor, experts: Sequence[int]) -> Tensor:
         made_EOI = torch.empty_like(stack_EOI, memory_format=torch.contiguous_format)
         for before, expert in itertools.pairwise((-1, *experts, len(made_EOI))):
             if before + 1 < expert:
-                made_EOI[before + 1 : expert].zero_()
+                _clear(made_EOI[before + 1 : expert])
     return made_EOI
+
+
+def _clear(part: Tensor) -> None:
+    """Fill contiguous memory with 0; on a CPU without reading first what it overwrites, as torch does."""
+    if part.device.type == "cpu":
+        ctypes.memset(part.data_ptr(), 0, part.nbytes)
+    else:
+        part.zero_()
 
 
 def sparse_zeros(stack_EOI: Tensor, experts: Sequence[int]) -> Tensor | None:
