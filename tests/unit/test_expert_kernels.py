@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from vlmix.moe import gathered, memory, precision
@@ -98,13 +99,22 @@ def test_choices_of_experts_that_are_elsewhere_add_nothing():
     ("act", "gated", "bias", "choices", "copied"),
     [
         (nn.SiLU(), True, False, [[3, 0]], True),
+        (ACT2FN["silu"], True, False, [[3, 0]], True),
         (nn.ReLU(), False, False, [[0, 3]], True),
         (nn.SiLU(), True, True, [[3, 0]], False),
         (nn.PReLU(dtype=torch.float64), False, False, [[3, 0]], False),
         (nn.SiLU(), True, False, [[2, 2]], False),
         (nn.SiLU(), True, False, [[1, EXPERTS]], False),
     ],
-    ids=["gated", "plain", "bias", "learnt activation", "one expert twice", "one elsewhere"],
+    ids=[
+        "gated",
+        "transformers' own",
+        "plain",
+        "bias",
+        "learnt activation",
+        "one expert twice",
+        "one elsewhere",
+    ],
 )
 @pytest.mark.parametrize("trained", [True, False])
 def test_one_row_through_copies_gives_what_it_gives_without(
@@ -124,6 +134,13 @@ def test_one_row_through_copies_gives_what_it_gives_without(
     assert (len(steps) == 2) == copied
     assert (found[0][3] is None) != trained
     assert_close(*found)
+
+
+def test_an_activation_that_overwrites_its_input_spoils_no_gradient():
+    made, (x_1D, indices_1K, shares_1K) = experts(), rows(1)
+    expected = gradients(loop(made, x_1D, indices_1K, shares_1K), x_1D, shares_1K, made)
+    made.act_fn = nn.SiLU(inplace=True)
+    assert_close(gradients(loop(made, x_1D, indices_1K, shares_1K), x_1D, shares_1K, made), expected)
 
 
 @pytest.mark.parametrize("count", [1, 9])

@@ -10,18 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 
 from vlmix.moe.memory import gradient_stack
 
 # Bytes of copies up to which they surely cost less than the steps they save (measured: 3 MiB).
 _SMALL: Final = 2 << 20
-# What stands between the products may be these: the gradient of their input, given that of their output.
-_GRADIENTS: Final[Mapping[type[nn.Module], Callable[[Tensor, Tensor], Tensor]]] = {
-    nn.SiLU: torch.ops.aten.silu_backward,
-    nn.ReLU: lambda g, x: torch.ops.aten.threshold_backward(g, x, 0),
+_SILU: Final = (F.silu, torch.ops.aten.silu_backward)
+# What may stand between the products, as functions, since modules may overwrite what they read:
+# the output, and the gradient of the input from that of the output.
+_ACTIVATIONS: Final[Mapping[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]]] = {
+    nn.SiLU: _SILU,
+    type(ACT2FN["silu"]): _SILU,  # transformers' own, whose name depends on its version
+    nn.ReLU: (F.relu, lambda g, x: torch.ops.aten.threshold_backward(g, x, 0)),
 }
 
 
@@ -45,7 +50,7 @@ class Gatherable(Protocol):
 
 def can_gather(experts: Gatherable, chosen: Sequence[int]) -> bool:
     """Are these different experts, all of them here, without biases, and small?"""
-    if experts.has_bias or type(experts.act_fn) not in _GRADIENTS or len(set(chosen)) < len(chosen):
+    if experts.has_bias or type(experts.act_fn) not in _ACTIVATIONS or len(set(chosen)) < len(chosen):
         return False
     first, last = experts.first, experts.down_proj
     size = (first.numel() + last.numel()) // len(first) * first.element_size()
@@ -68,11 +73,12 @@ class _Row(Function):
         last_OS = torch.cat([last[expert] for expert in chosen], 1).to(x_1D.dtype)
         h_KG = torch.mm(x_1D, first_SD.T).view(len(chosen), -1)
         gate_KI, up_KI = h_KG.chunk(2, 1) if has_gate else (h_KG, None)
-        acted_KI = act(gate_KI)
+        run, ctx.gradient = _ACTIVATIONS[type(act)]
+        acted_KI = run(gate_KI)
         inner_KI = acted_KI if up_KI is None else acted_KI * up_KI
         y_1S = (inner_KI * shares_1K.T).to(x_1D.dtype).view(1, -1)
         ctx.save_for_backward(*given, first_SD, last_OS, gate_KI, up_KI, acted_KI, inner_KI, y_1S)
-        ctx.gradient, ctx.chosen = _GRADIENTS[type(act)], chosen
+        ctx.chosen = chosen
         return torch.mm(y_1S, last_OS.T)
 
     @staticmethod
